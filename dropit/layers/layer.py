@@ -1,0 +1,58 @@
+"""What the swapped layers have in common."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dropit.packed import Packed
+from dropit.strategies import Strategy
+
+
+class DropITLayer(nn.Module):
+    """Mixed into a plain layer's class: the strategy it packs its input with, and when it does.
+
+    A layer is swapped by giving the existing module such a class, so parameters, hooks and state_dict keys stay.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    strategy: Strategy
+    weight: Tensor
+
+    def drops(self) -> bool:
+        """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
+        return self.training and torch.is_grad_enabled() and self.weight.requires_grad
+
+    def extra_repr(self) -> str:
+        """The plain layer's, and the strategy."""
+        return f"{super().extra_repr()}, strategy={self.strategy}"
+
+
+def save_for_backward(ctx: Any, packed: Packed | None, *tensors: Tensor | None) -> None:
+    """Save a packed input (None where it is not needed) and other tensors, all through autograd."""
+    values, positions, ctx.layout = packed or (None, None, None)
+    ctx.save_for_backward(values, positions, *tensors)
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What :func:`save_for_backward` saved, in the same order; the packed input still packed."""
+    values, positions, *tensors = ctx.saved_tensors
+    packed = None if values is None else Packed(values, positions, ctx.layout)
+    return packed, *tensors
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast would make of the arguments of a Linear or Conv, done where autograd still sees it."""
+    device = next(tensor.device.type for tensor in tensors if tensor is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(_cast(tensor, dtype) for tensor in tensors)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
+        return tensor
+    return tensor.to(dtype)

@@ -1,0 +1,78 @@
+"""Packed: a tensor of which only some elements are stored, and how its elements are numbered."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Size, Tensor
+
+
+class Layout(NamedTuple):
+    """How the elements of a dense tensor are numbered: in memory order, so that packing copies nothing first."""
+
+    shape: Size
+    order: tuple[int, ...]  # dimensions, outermost in memory first; (0, 2, 3, 1) is channels_last
+
+    @property
+    def numel(self) -> int:
+        """Elements of the dense tensor."""
+        return math.prod(self.shape)
+
+
+class Packed(NamedTuple):
+    """What is kept of one tensor. One that is kept whole has no positions, and its ``values`` are the tensor itself.
+
+    ``values``: (k,), in memory order, in the tensor's dtype. ``positions``: uint8 (ceil(n / 8),), one bit per element
+    of the dense tensor, element 8 i + j in bit j of byte i, set where the element is kept.
+    """
+
+    values: Tensor
+    positions: Tensor | None
+    layout: Layout
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the tensor was kept whole."""
+        return self.positions is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored: values and positions."""
+        positions = 0 if self.positions is None else self.positions.nbytes
+        return self.values.nbytes + positions
+
+
+def keep_dense(x: Tensor) -> Packed:
+    """Keep ``x`` whole, by reference."""
+    return Packed(x, None, Layout(x.shape, tuple(range(x.dim()))))
+
+
+def packed_nbytes(n: int, kept: int, itemsize: int) -> int:
+    """Bytes that ``kept`` of ``n`` elements of ``itemsize`` bytes take when packed."""
+    return kept * itemsize + (n + 7) // 8
+
+
+def dense_nbytes(x: Tensor) -> int:
+    """Bytes that keeping ``x`` by reference holds: an expanded tensor holds each distinct element once."""
+    distinct = math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0)
+    return distinct * x.element_size()
+
+
+def flatten(x: Tensor) -> tuple[Tensor, Layout]:
+    """``x`` as (n,) in memory order, a view wherever ``x`` has neither gaps nor overlaps, and how to undo it."""
+    order = _memory_order(x)
+    if not x.permute(order).is_contiguous():
+        x = x.clone()  # dense, with the dimensions in the same order in memory as before where they had one
+        order = _memory_order(x)
+    return x.permute(order).reshape(-1), Layout(x.shape, order)
+
+
+def unflatten(flat: Tensor, layout: Layout) -> Tensor:
+    """Undo :func:`flatten`: a view of ``flat`` (n,) with the tensor's shape and order in memory."""
+    in_memory = flat.view([layout.shape[dim] for dim in layout.order])
+    return in_memory.permute([layout.order.index(dim) for dim in range(len(layout.order))])
+
+
+def _memory_order(x: Tensor) -> tuple[int, ...]:
+    return tuple(sorted(range(x.dim()), key=x.stride, reverse=True))

@@ -1,0 +1,138 @@
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dropit
+from tests.layers.cases import gradients, masked
+
+
+def pair(*sizes, gamma=0.9, dtype=torch.float64, **options):
+    """A DropIT convolution and the plain one with the same parameters."""
+    plain = nn.Conv2d(*sizes, dtype=dtype, **options)
+    ours = nn.Conv2d(*sizes, dtype=dtype, **options)
+    ours.load_state_dict(plain.state_dict())
+    return dropit.to_dropit(ours, gamma=gamma), plain
+
+
+GEOMETRIES = [
+    {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "bias": bias}
+    for stride, padding, dilation, groups, bias in itertools.product(
+        [1, (2, 1)], [0, (1, 2)], [1, 2], [1, 4], [True, False]
+    )
+]
+
+
+def check_against_masked(ours, plain, x):
+    """grad_weight from the masked input, by plain PyTorch's own convolution; everything else exact."""
+    x = x.detach().requires_grad_()
+    y = ours(x)
+    grad_output = torch.randn_like(y).transpose(-1, -2).contiguous().transpose(-1, -2)  # not contiguous
+    exact = plain(x)
+    torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+    grad_input, _, *grad_bias = gradients(y, grad_output, [x, *ours.parameters()])
+    exact_input, _, *exact_bias = gradients(exact, grad_output, [x, *plain.parameters()])
+    torch.testing.assert_close(grad_input, exact_input, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad_bias, exact_bias, rtol=1e-12, atol=1e-12)
+
+    (ours_weight,) = gradients(y, grad_output, [ours.weight])
+    (by_hand,) = gradients(plain(masked(ours.strategy, x)), grad_output, [plain.weight])
+    torch.testing.assert_close(ours_weight, by_hand, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: "-".join(str(v) for v in g.values()))
+def test_gradients_are_those_of_the_masked_input(geometry):
+    check_against_masked(*pair(8, 12, 3, **geometry), torch.randn(3, 8, 11, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(3, 8, 11, 9, dtype=torch.float64).to(memory_format=torch.channels_last),
+        torch.randn(3, 8, 9, 11, dtype=torch.float64).transpose(2, 3),
+        torch.randn(3, 16, 22, 9, dtype=torch.float64)[:, ::2, ::2],
+        torch.randn(1, 8, 11, 9, dtype=torch.float64).expand(3, 8, 11, 9),
+        torch.randn(8, 11, 9, dtype=torch.float64),
+    ],
+    ids=["channels_last", "transposed", "sliced", "expanded", "unbatched"],
+)
+def test_any_layout(x):
+    check_against_masked(*pair(8, 12, 3, padding=1), x)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kernel", [2, 3, (4, 1)])
+def test_padding_same(kernel):
+    check_against_masked_after_padding("zeros", kernel, "same")
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_modes(mode):
+    check_against_masked_after_padding(mode, 3, (1, 2))
+
+
+def check_against_masked_after_padding(mode, kernel, padding):
+    """Where padding comes first, it is the padded input that is masked."""
+    ours, plain = pair(8, 12, kernel, padding=padding, padding_mode=mode)
+    x = torch.randn(3, 8, 11, 9, dtype=torch.float64, requires_grad=True)
+    y, exact = ours(x), plain(x)
+    torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+    grad_output = torch.randn_like(y)
+    grad_input, ours_weight = gradients(y, grad_output, [x, ours.weight])
+    torch.testing.assert_close(grad_input, gradients(exact, grad_output, [x])[0], rtol=1e-12, atol=1e-12)
+
+    seen, rest = ours._pad(x.detach())
+    by_hand = F.conv2d(masked(ours.strategy, seen), plain.weight, padding=rest)
+    torch.testing.assert_close(ours_weight, gradients(by_hand, grad_output, [plain.weight])[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gamma_zero_is_ordinary_training(dtype):
+    ours, plain = pair(8, 12, 3, gamma=0.0, padding=1, dtype=dtype)
+    x = torch.randn(3, 8, 11, 9, dtype=dtype, requires_grad=True)
+    grad_output = torch.randn(3, 12, 11, 9, dtype=dtype)
+    got = gradients(ours(x), grad_output, [x, *ours.parameters()])
+    exact = gradients(plain(x), grad_output, [x, *plain.parameters()])
+    torch.testing.assert_close(got, exact, rtol=1e-6, atol=1e-6)
+
+
+def test_gradcheck_at_gamma_zero():
+    ours, _ = pair(2, 3, 3, gamma=0.0, padding=1)
+    assert torch.autograd.gradcheck(ours, torch.randn(2, 2, 5, 4, dtype=torch.float64, requires_grad=True))
+
+
+def test_the_masked_input_stays_channels_last_for_the_backward_kernel():
+    ours, _ = pair(8, 12, 3, padding=1, dtype=torch.float32)
+    ours = ours.to(memory_format=torch.channels_last)
+    x = torch.randn(3, 8, 11, 9).to(memory_format=torch.channels_last).requires_grad_()
+    y = ours(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    y.sum().backward()
+    assert x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_frozen_weights_hold_no_more_than_plain():
+    ours, plain = pair(8, 12, 3, dtype=torch.float32)
+    x = torch.randn(3, 8, 11, 9, requires_grad=True)
+    for module in (ours, plain):
+        module.weight.requires_grad_(False)
+    with dropit.CacheMeter(ours) as meter:
+        y = ours(x)
+    with dropit.CacheMeter(plain) as reference:
+        exact = plain(x)
+    assert torch.equal(y, exact)
+    assert meter.total_bytes <= reference.total_bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_gives_plain_pytorchs_output(dtype):
+    ours, plain = pair(8, 12, 3, dtype=torch.float32)
+    x = torch.randn(3, 8, 11, 9, requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        y, exact = ours(x), plain(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, exact)
+    y.float().sum().backward()
+    assert ours.weight.grad.dtype == x.grad.dtype == torch.float32

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+
+from dropit import ops
+from dropit.packed import flatten
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def first_largest(score: np.ndarray, k: int) -> np.ndarray:
+    """The specification, by a stable sort: the k largest of a row, the first of equal ones."""
+    mask = np.zeros(len(score), dtype=bool)
+    mask[np.argsort(-score, kind="stable")[:k]] = True
+    return mask
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_magnitudes_order_as_the_floats_do(dtype):
+    x = torch.tensor([0.0, -0.0, 1e-7, -1.0, 1.5, -65504.0, float("inf"), -float("inf"), float("nan")]).to(dtype)
+    score = ops.magnitude(x)
+    assert score.tolist() == sorted(score.tolist())
+    assert score[0] == score[1]
+    assert score[6] == score[7] < score[8]
+
+
+def test_topk_mask_is_the_stable_sort_with_ties_everywhere():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        rows, n = rng.integers(1, 5), rng.integers(1, 70)
+        k = int(rng.integers(1, n + 1))
+        score = rng.integers(0, rng.integers(1, 2 * n), size=(rows, n)).astype(np.int32)
+        expected = np.stack([first_largest(row.astype(np.int64), k) for row in score])
+        assert np.array_equal(ops.topk_mask(torch.from_numpy(score), k).numpy(), expected)
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 63, 64, 65, 1000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_unpack_puts_the_kept_back_and_zeros_elsewhere(n, dtype):
+    x = torch.randn(n).to(dtype)
+    mask = torch.rand(n) < 0.3
+    packed = ops.pack(*flatten(x)[:1], mask, flatten(x)[1])
+    assert torch.equal(ops.unpack(packed), torch.where(mask, x, 0))
+    assert packed.values.dtype == dtype
+
+
+def test_positions_are_a_bit_per_element_lowest_bit_first():
+    mask = torch.rand(77) < 0.5
+    x, layout = flatten(torch.randn(77))
+    positions = ops.pack(x, mask, layout).positions
+    assert np.array_equal(positions.numpy(), np.packbits(mask.numpy(), bitorder="little"))
+
+
+def test_unpack_keeps_channels_last():
+    x = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    flat, layout = flatten(x)
+    dense = ops.unpack(ops.pack(flat, flat > 0, layout))
+    assert dense.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(dense, x.clamp(min=0))
+
+
+def test_nan_and_inf_survive():
+    x, layout = flatten(torch.tensor([1.0, float("nan"), 2.0, -float("inf")]))
+    mask = ops.topk_mask(ops.magnitude(x)[None], 2)[0]
+    dense = ops.unpack(ops.pack(x, mask, layout))
+    assert dense.isnan().tolist() == [False, True, False, False]
+    assert dense[3] == -float("inf")

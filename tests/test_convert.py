@@ -1,0 +1,142 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import dropit
+from dropit.layers import DropITLayer
+from dropit.strategies import FastMinK, MinK
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def small_net():
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Sequential(nn.Flatten(), nn.Linear(8 * 6 * 6, 5)))
+
+
+def converted(model):
+    return [fqn for fqn, module in model.named_modules() if isinstance(module, DropITLayer)]
+
+
+def test_layers_are_swapped_in_place_wherever_they_are():
+    model = small_net()
+    assert dropit.to_dropit(model) is model
+    assert converted(model) == ["0", "2.1"]
+    root = nn.Linear(20, 10)
+    assert dropit.to_dropit(root) is root
+    assert converted(root) == [""]
+
+
+def test_parameters_keys_and_hooks_stay():
+    model = small_net()
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    dropit.to_dropit(model)(torch.randn(2, 3, 8, 8))
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert calls == [1]
+
+
+def test_a_filter_chooses_by_module_and_name():
+    model = dropit.to_dropit(small_net(), filter_fn=lambda module, fqn: fqn.startswith("2"))
+    assert converted(model) == ["2.1"]
+
+
+def test_a_shared_layer_is_swapped_once():
+    linear = nn.Linear(8, 8)
+    model = dropit.to_dropit(nn.Sequential(linear, linear))
+    assert model[0] is model[1]
+    assert converted(model) == ["0"]
+    model(torch.randn(40, 8)).sum().backward()
+
+
+def test_converting_again_only_changes_the_strategy():
+    model = dropit.to_dropit(small_net(), gamma=0.9)
+    classes = [type(module) for module in model.modules()]
+    dropit.to_dropit(model, "mink", 0.5)
+    assert [type(module) for module in model.modules()] == classes
+    assert model[0].strategy == MinK(0.5)
+
+
+def test_from_dropit_undoes_it():
+    model = small_net()
+    before = [(type(module), set(vars(module))) for module in model.modules()]
+    text = repr(model)
+    dropit.from_dropit(dropit.to_dropit(model))
+    assert [(type(module), set(vars(module))) for module in model.modules()] == before
+    assert repr(model) == text
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_copy_is_bound_to_itself(duplicate):
+    model = dropit.to_dropit(small_net())
+    other = duplicate(model)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other(x), model(x))
+    other(x).sum().backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in other.parameters())
+    assert other[0].strategy == model[0].strategy
+
+
+def test_the_arguments_reach_the_strategy():
+    model = dropit.to_dropit(small_net(), "fastmink", 0.8, block_size=64)
+    assert model[0].strategy == FastMinK(0.8, block_size=64)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Sequential(Subclass(4, 4), Subclass(4, 4)), r"converted 0 of 2: Subclass x2: .*subclass of Linear"),
+        (nn.Sequential(nn.Conv1d(4, 4, 1)), r"converted 0 of 1: Conv1d x1: not converted: this type is not supported"),
+        (nn.ReLU(), "converted no layer: ReLU has no Linear or Conv layer"),
+    ],
+)
+def test_converting_nothing_is_an_error_that_says_why(model, message):
+    with pytest.raises(ValueError, match=message):
+        dropit.to_dropit(model)
+
+
+def test_filtering_everything_out_is_an_error_that_says_why():
+    with pytest.raises(ValueError, match="converted 0 of 2: Conv2d x1: plain: left out"):
+        dropit.to_dropit(small_net(), filter_fn=lambda module, fqn: False)
+
+
+def test_a_refused_gamma_leaves_the_model_alone():
+    model = small_net()
+    with pytest.raises(ValueError, match="gamma must be in"):
+        dropit.to_dropit(model, gamma=7.0)
+    assert converted(model) == []
+
+
+def test_coverage_says_of_each_layer_what_became_of_it():
+    model = nn.Sequential(nn.Linear(8, 8), Subclass(8, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(8, 8, 1), nn.ReLU())
+    report = dropit.coverage(dropit.to_dropit(model))
+    assert [(row.fqn, row.type, row.status.split(":")[0]) for row in report] == [
+        ("0", "Linear", "converted"),
+        ("1", "Subclass", "not converted"),
+        ("2", "MultiheadAttention", "not converted"),
+        ("2.out_proj", "NonDynamicallyQuantizableLinear", "not converted"),
+        ("3", "Conv1d", "not converted"),
+    ]
+    table = str(report).splitlines()
+    assert table[0].split() == ["layer", "type", "status"]
+    assert table[-1] == "converted 1 of 5"
+
+
+def test_coverage_of_a_plain_model():
+    assert [row.status for row in dropit.coverage(nn.Linear(2, 2))] == ["plain: left out, or to_dropit was not called"]
+
+
+def test_an_eval_graph_exports_as_the_plain_model_does():
+    model = small_net().eval()
+    plain = copy.deepcopy(model)
+    x = torch.randn(2, 3, 8, 8)
+    ours = torch.export.export(dropit.to_dropit(model), (x,))
+    exact = torch.export.export(plain, (x,))
+    assert [str(node.target) for node in ours.graph.nodes] == [str(node.target) for node in exact.graph.nodes]

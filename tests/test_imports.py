@@ -1,0 +1,74 @@
+"""The walls between the parts of the project, kept as tests."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each part of the core, and what it may import of the others.
+MAY_IMPORT = {
+    "dropit.packed": set(),
+    "dropit.ops": {"dropit.packed"},
+    "dropit.strategies": {"dropit.packed", "dropit.ops"},
+    "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies"},
+    "dropit.convert": {"dropit.layers", "dropit.strategies"},
+    "dropit.memory": set(),
+    "dropit": {"dropit.convert", "dropit.memory", "dropit.strategies"},
+}
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part(name):
+    """The longest key of MAY_IMPORT that the dotted name lies in."""
+    return max((key for key in MAY_IMPORT if name == key or name.startswith(key + ".")), key=len, default=None)
+
+
+CORE = [path for path in (ROOT / "dropit").rglob("*.py") if "training" not in path.parts]
+TRAINING = list((ROOT / "dropit" / "training").glob("*.py"))
+
+
+def test_importing_dropit_needs_torch_only():
+    code = (
+        "import dropit, sys;"
+        "assert not {'pytorch_lightning', 'torchvision', 'yacs', 'triton', 'numpy.testing'} & set(sys.modules);"
+        "assert not [name for name in sys.modules if name.startswith('dropit.training')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("path", CORE, ids=module_name)
+def test_the_core_imports_downwards_only(path):
+    own = part(module_name(path))
+    for name in imports(path):
+        if name.split(".")[0] == "dropit":
+            assert not name.startswith("dropit.training")
+            assert part(name) in MAY_IMPORT[own] | {own} or name == "dropit.ops", f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=module_name)
+def test_the_trainer_uses_public_names_only(path):
+    public = {f"dropit.{name}" for name in __import__("dropit").__all__}
+    for name in imports(path):
+        if name.split(".")[0] == "dropit":
+            assert name == "dropit" or name.startswith("dropit.training.") or name in public
+
+
+def test_the_config_stops_at_the_border():
+    """Only the config itself, the builders and the command line know yacs."""
+    knowing = {path.stem for path in TRAINING if any(name.startswith("yacs") for name in imports(path))}
+    assert knowing <= {"config"}

@@ -1,0 +1,141 @@
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import dropit
+from dropit import CacheMeter
+
+MIB = 2**20
+
+
+def test_it_counts_each_held_storage_once_and_no_parameters():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(10, 8)
+    with CacheMeter(model) as meter:
+        y = model(x)
+    assert meter.total_bytes == 4 * (10 * 8 + 10 * 16)  # the input, and the ReLU's output that two layers hold
+    assert meter.by_module() == {"1": 640, "0": 320}
+    assert meter.by_operator() == {"Addmm + Relu": 640, "Addmm": 320}
+    y.sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_a_view_counts_as_the_storage_it_keeps_alive():
+    x = torch.randn(100, 8)
+    model = nn.Linear(8, 4)
+    with CacheMeter(model) as meter:
+        y = model(x[:10])
+    assert meter.total_bytes == x.nbytes
+    del y
+
+
+def test_buffers_are_not_cache():
+    model = nn.BatchNorm2d(4)
+    with CacheMeter(model) as meter:
+        y = model(torch.randn(2, 4, 3, 3))
+    assert meter.total_bytes == 4 * (2 * 4 * 9 + 4 + 4)  # input, batch mean, inverse deviation
+    del y
+
+
+def test_what_the_graph_let_go_is_not_held():
+    model = nn.Linear(8, 4)
+    with CacheMeter(model) as meter:
+        model(torch.randn(10, 8))
+    assert meter.total_bytes == 0
+
+
+def test_a_backward_inside_the_block_is_measured_at_its_start():
+    model = nn.Linear(8, 4)
+    x = torch.randn(10, 8)
+    with CacheMeter(model) as meter:
+        model(x).sum().backward()
+    assert meter.total_bytes == x.nbytes
+
+
+def test_the_loss_counts_as_outside():
+    model = nn.Linear(8, 4)
+    with CacheMeter(model) as meter:
+        loss = model(torch.randn(10, 8)).exp().sum()
+    assert meter.by_module() == {"": 320, "(outside the model)": 160}
+    assert meter.by_operator() == {"Addmm": 320, "(outside the model)": 160}
+    del loss
+
+
+def test_measuring_changes_no_gradient_and_leaves_no_hook():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+    x = torch.randn(10, 8)
+    (expected,) = torch.autograd.grad(model(x).sum(), model[0].weight)
+    with CacheMeter(model):
+        y = model(x)
+    (got,) = torch.autograd.grad(y.sum(), model[0].weight)
+    assert torch.equal(got, expected)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_without_retaining_it_measures_the_same_and_refuses_a_backward():
+    model = torchvision.models.resnet18()
+    x = torch.randn(2, 3, 64, 64)
+    with CacheMeter(model) as held:
+        y = model(x)
+    with CacheMeter(model, retain=False) as meter:
+        z = model(x)
+    assert meter.total_bytes == held.total_bytes
+    assert meter.by_operator() == held.by_operator()
+    with pytest.raises(RuntimeError, match="retain=False"):
+        z.sum().backward()
+    del y
+
+
+def test_reading_before_measuring_is_an_error():
+    with pytest.raises(RuntimeError, match="context manager"):
+        _ = CacheMeter(nn.Linear(2, 2)).total_bytes
+
+
+def test_a_raising_forward_leaves_no_hook():
+    model = nn.Linear(8, 4)
+    meter = CacheMeter(model)
+    with pytest.raises(RuntimeError, match="shapes"), meter:
+        model(torch.randn(2, 3))
+    assert not model._forward_hooks
+    assert meter.total_bytes == 0
+
+
+@pytest.mark.parametrize(("arch", "mib"), [("resnet18", 21.16), ("vit_b_16", 112.7)])
+def test_plain_torchvision_models_hold_the_known_bytes_per_sample(arch, mib):
+    """The figures of the table in the README: float32, 224 x 224, batch 2."""
+    model = torchvision.models.get_model(arch)
+    with CacheMeter(model, retain=False) as meter:
+        y = model(torch.randn(2, 3, 224, 224))
+    assert meter.total_bytes / 2 / MIB == pytest.approx(mib, rel=0.01)
+    assert sum(meter.by_module().values()) == sum(meter.by_operator().values()) == meter.total_bytes
+    del y
+
+
+def test_dropping_lowers_what_a_vit_holds_by_what_is_not_stored():
+    model = torchvision.models.VisionTransformer(32, 8, 2, 2, 64, 256, num_classes=10)
+    x = torch.randn(8, 3, 32, 32)
+    with CacheMeter(model, retain=False) as plain:
+        y = model(x)
+    dropit.to_dropit(model, gamma=0.9)
+    with CacheMeter(model, retain=False) as ours:
+        z = model(x)
+    tokens = 8 * 17
+    let_go = {8 * 3 * 32 * 32: 1, tokens * 64: 2, tokens * 256: 2}  # elements: the patches, the MLPs' two layers
+    saved = sum(times * (4 * n - (4 * round(n / 10) + n // 8)) for n, times in let_go.items())
+    saved += 4 * tokens * 64 - (4 * 51 + 64)  # the head sees 8 of 8 x 17 tokens, and held all
+    # Blocks of 16384 round once each.
+    assert plain.total_bytes - ours.total_bytes == pytest.approx(saved, abs=4 * 8)
+    assert ours.by_operator()["DropITLinear"] > 0
+    del y, z
+
+
+def test_the_table_can_be_read():
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with CacheMeter(model) as meter:
+        y = model(torch.randn(1000, 8))
+    lines = str(meter).splitlines()
+    assert lines[0].split() == ["held", "for", "backward", "MiB", "share"]
+    assert lines[1].split() == ["Addmm", "+", "Relu", "0.06", "66.7%"]
+    assert lines[-1].split() == ["total", "0.09"]
+    del y

@@ -1,0 +1,161 @@
+import copy
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from dropit import STRATEGIES, ops
+from dropit.strategies import FastMinK, MinK, Random, make_strategy
+
+
+def kept(strategy, x):
+    """What the strategy keeps of x, zeros elsewhere."""
+    return ops.unpack(strategy.pack(x))
+
+
+def largest(x, k):
+    """By hand: x with all but its k largest magnitudes set to zero; the first of equal ones stay."""
+    order = np.argsort(-np.abs(x.double().numpy()), kind="stable")[:k]
+    out = torch.zeros_like(x)
+    out[order] = x[order]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("n", "gamma", "count"),
+    [(1000, 0.9, 100), (100, 0.9, 10), (10, 0.9, 1), (5, 0.9, 1), (1, 0.9, 1), (30, 0.7, 9), (1000, 0.3, 700)],
+)
+def test_the_count_is_rounded_and_never_zero(n, gamma, count):
+    assert MinK(gamma).count(n) == count
+    assert int(n * (1 - gamma)) <= count  # cutting instead of rounding loses one of these
+
+
+@pytest.mark.parametrize("strategy", [MinK(0.9), FastMinK(0.9), FastMinK(0.9, block_size=64), Random(0.9)], ids=str)
+@pytest.mark.parametrize("n", [40, 64, 100, 1000, 16384, 20000])
+def test_exactly_count_elements_are_stored(strategy, n):
+    packed = strategy.pack(torch.randn(n))
+    assert packed.values.shape == (strategy.count(n),)
+    assert packed.positions.shape == (math.ceil(n / 8),)
+    assert packed.positions.dtype == torch.uint8
+
+
+def test_mink_keeps_the_largest_by_magnitude_of_all():
+    x = torch.randn(999)
+    assert torch.equal(kept(MinK(0.9), x), largest(x, 100))
+    assert (kept(MinK(0.9), x) < 0).any()
+
+
+def test_fastmink_keeps_the_largest_of_each_block_and_of_the_rest():
+    x = torch.randn(70)
+    by_hand = torch.cat([largest(x[:32], 8), largest(x[32:64], 8), largest(x[64:], 2)])
+    assert torch.equal(kept(FastMinK(0.75, block_size=32), x), by_hand)
+
+
+def test_one_block_is_the_whole_tensor_when_it_is_small():
+    x = torch.randn(500)
+    assert torch.equal(kept(FastMinK(0.9), x), kept(MinK(0.9), x))
+
+
+def test_of_equal_magnitudes_the_first_stay():
+    x = torch.tensor([1.0, -1.0] * 50)
+    assert torch.equal(kept(MinK(0.9), x)[:10], x[:10])
+    assert kept(MinK(0.9), x)[10:].count_nonzero() == 0
+
+
+def test_random_draws_without_replacement_from_pytorchs_generator():
+    x = torch.ones(1000)
+    torch.manual_seed(1)
+    first = kept(Random(0.9), x)
+    torch.manual_seed(1)
+    assert torch.equal(first, kept(Random(0.9), x))
+    assert not torch.equal(first, kept(Random(0.9), x))
+    assert first.sum() == 100
+
+
+def test_random_with_a_seed_leaves_pytorchs_generator_alone():
+    x = torch.ones(1000)
+    before = torch.get_rng_state()
+    first = kept(Random(0.9, seed=3), x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, kept(Random(0.9, seed=3), x))
+    assert not torch.equal(first, kept(Random(0.9, seed=4), x))
+
+
+def test_a_copy_of_a_seeded_strategy_starts_again():
+    strategy = Random(0.9, seed=3)
+    x = torch.ones(1000)
+    first = kept(strategy, x)
+    assert torch.equal(first, kept(copy.deepcopy(strategy), x))
+    assert torch.equal(first, kept(pickle.loads(pickle.dumps(strategy)), x))
+
+
+def test_random_keeps_every_element_equally_often():
+    counts = sum(kept(Random(0.5), torch.ones(64)) for _ in range(400))
+    assert counts.min() > 140  # 200 expected, standard deviation 10
+    assert counts.max() < 260
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(100), torch.arange(100), torch.randn(0), torch.randn(4).expand(25, 4), torch.randn(1)],
+    ids=["gamma 0", "integers", "empty", "expanded", "one element"],
+)
+def test_what_would_not_shrink_stays_dense(x):
+    gamma = 0.0 if x.shape == (100,) and x.is_floating_point() else 0.9
+    packed = MinK(gamma).pack(x)
+    assert packed.values is x
+    assert packed.is_dense
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_packed_is_always_smaller_than_dense(dtype):
+    for n in range(1, 40):
+        for gamma in (0.02, 0.05, 0.1, 0.5, 0.9):
+            x = torch.randn(n).to(dtype)
+            packed = MinK(gamma).pack(x)
+            assert packed.is_dense or packed.nbytes < x.nbytes
+
+
+def test_packing_is_the_same_for_any_number_of_threads():
+    x = torch.randn(200_000).round(decimals=1)  # many ties
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        results.append(kept(FastMinK(0.9), x))
+    torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("gamma", [7.0, 1.0, -0.1, float("nan"), float("inf")])
+def test_a_gamma_out_of_range_is_refused(gamma):
+    with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\), got"):
+        make_strategy("mink", gamma)
+
+
+@pytest.mark.parametrize("gamma", ["0.9", None, True])
+def test_a_gamma_of_another_type_is_refused(gamma):
+    with pytest.raises(TypeError, match="gamma must be a number"):
+        make_strategy("mink", gamma)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "topk"}, "unknown strategy 'topk'; choose from fastmink, mink, random"),
+        ({"name": "mink", "block_size": 64}, "strategy 'mink' takes no block_size"),
+        ({"name": "fastmink", "block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"name": "fastmink", "seed": 1}, "strategy 'fastmink' takes no seed"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_strategy(**arguments)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_are_made_by_name(name):
+    assert make_strategy(name, 0.5) == STRATEGIES[name](gamma=0.5)
