@@ -84,7 +84,11 @@ class Coverage(list[LayerCoverage]):
         rows = [("layer", "type", "status"), *((row.fqn or "(root)", row.type, row.status) for row in self)]
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         lines = [f"{fqn:{widths[0]}}  {kind:{widths[1]}}  {status}" for fqn, kind, status in rows]
-        return "\n".join([*lines, f"converted {self.converted} of {len(self)}"])
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """One line: "converted 9 of 17"."""
+        return f"converted {self.converted} of {len(self)}"
 
 
 def coverage(model: nn.Module) -> Coverage:

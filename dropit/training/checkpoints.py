@@ -1,0 +1,66 @@
+"""The checkpoints of a run: finding them, reading them without running code, and refusing those that do not fit."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from yacs.config import CfgNode
+
+from dropit.training.config import flatten
+from dropit.training.errors import ConfigError, SetupError
+
+
+def newest(directory: Path, name: str) -> Path:
+    """The checkpoint (best or last) of the newest run that has one."""
+    found = sorted(directory.glob(f"version_*/checkpoints/{name}.ckpt"), key=_version)
+    if not found:
+        raise SetupError(f"no checkpoint {name}.ckpt below {directory}; train first, or give CKPT")
+    return found[-1]
+
+
+def _version(checkpoint: Path) -> int:
+    number = version_dir(checkpoint).name.removeprefix("version_")
+    return int(number) if number.isdigit() else -1
+
+
+def version_dir(checkpoint: Path) -> Path:
+    """The version_N that a checkpoint of a run lies in."""
+    return checkpoint.parent.parent
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A checkpoint that train.py wrote; refused if it holds anything but tensors and plain values."""
+    if not path.is_file():
+        raise ConfigError(f"CKPT {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise SetupError(f"{path}: refused, it is no checkpoint or holds code") from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise SetupError(f"{path}: not a whole checkpoint") from error
+    if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
+        raise SetupError(f"{path}: not a checkpoint of train.py")
+    return checkpoint
+
+
+def check_same(checkpoint: dict[str, Any], cfg: CfgNode, path: Path, *, sections: tuple[str, ...]) -> None:
+    """Refuse a checkpoint whose config differs from this one in the sections that matter."""
+    kept = flatten(CfgNode.load_cfg(checkpoint["config"]))
+    for key, value in flatten(cfg).items():
+        if key.startswith(sections) and key != "MODEL.PRETRAINED" and kept.get(key, value) != value:
+            raise ConfigError(f"{path} does not fit: checkpoint {key} {kept[key]}, config {value}")
+
+
+class ConfigKeeper(Callback):
+    """Keeps the config, as text, in every checkpoint."""
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._text = cfg.dump()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the text."""
+        checkpoint["config"] = self._text

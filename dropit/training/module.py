@@ -1,0 +1,54 @@
+"""The LightningModule: an image classifier, its loss and its accuracies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch_lightning import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from dropit.training.optim import Recipe, build_optimizer, build_schedule
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Classifier(LightningModule):
+    """Trains ``model`` (images (N, 3, H, W) -> logits (N, num_classes)) with cross-entropy."""
+
+    def __init__(self, model: nn.Module, num_classes: int, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.criterion = nn.CrossEntropyLoss()
+        self.accuracy = MetricCollection(
+            {
+                f"val/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
+                for k in (1, 5)
+            }
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of (N, 3, H, W) images."""
+        return self.model(images)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        images, labels = batch
+        loss: Tensor = self.criterion(self(images), labels)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss and accuracies, over the whole validation set."""
+        images, labels = batch
+        logits = self(images)
+        self.accuracy.update(logits, labels)
+        self.log("val/loss", self.criterion(logits, labels), sync_dist=True)
+        self.log_dict(self.accuracy, prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        """SGD; the schedule steps once an epoch."""
+        optimizer = build_optimizer(self.model.parameters(), self.recipe)
+        return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.recipe)}

@@ -1,0 +1,128 @@
+"""The modes of train.py, from a config file to the closing summary."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning import Trainer
+from yacs.config import CfgNode
+
+from dropit import coverage
+from dropit.training import checkpoints
+from dropit.training.builders import (
+    build_checkpointing,
+    build_classifier,
+    build_data,
+    build_trainer,
+    pick_accelerator,
+)
+from dropit.training.callbacks import CacheMonitor, Dashboard, SpeedMonitor
+from dropit.training.config import load
+from dropit.training.errors import ConfigError, SetupError
+
+
+def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Train, evaluate as often as the config says, and print what came out."""
+    cfg = _start(cfg_path, overrides)
+    if cfg.CKPT and not resume:
+        raise ConfigError("CKPT is for --resume or --mode eval; to start from weights use MODEL.PRETRAINED")
+    directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
+    checkpoint = _checkpoint(cfg, directory, "last", sections=("DATASET", "MODEL.", "DROPIT.")) if resume else None
+    data = build_data(cfg)
+    classifier = build_classifier(cfg, pretrained=not resume)
+    _make(directory)
+
+    cache, speed, best = CacheMonitor(), SpeedMonitor(), build_checkpointing()
+    callbacks = [cache, speed, best, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
+    version = checkpoints.version_dir(checkpoint).name if checkpoint else None
+    trainer = build_trainer(cfg, directory, callbacks, version)
+    if trainer.is_global_zero and cfg.MODEL.DROPIT:
+        report = coverage(classifier.model)
+        print(f"DropIT: {cfg.DROPIT.STRATEGY}, gamma {cfg.DROPIT.GAMMA}: {report.summary()} layers")
+    trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.is_global_zero:
+        print(_summary(trainer, cache, speed, best.best_model_score))
+
+
+def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Print loss and accuracies of a checkpoint: CKPT, or the best of this config's newest run."""
+    if resume:
+        raise ConfigError("--resume is for --mode train; --mode eval reads CKPT or the newest best.ckpt")
+    cfg = _start(cfg_path, overrides)
+    data = build_data(cfg)
+    directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
+    checkpoint = _checkpoint(cfg, directory, "best", sections=("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM"))
+    classifier = build_classifier(cfg, pretrained=False)
+    trainer = build_trainer(cfg)
+    (metrics,) = trainer.validate(classifier, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        print(f"checkpoint   {checkpoint}")
+        print("validation   " + ", ".join(f"{tag.removeprefix('val/')} {metrics[tag]:.4f}" for tag in sorted(metrics)))
+
+
+def run_dir(cfg_path: str | Path, output_dir: str | Path) -> Path:
+    """configs/a/b.yaml writes to OUTPUT_DIR/a/b, a directory version_N for each run."""
+    path = Path(cfg_path).resolve()
+    return Path(output_dir) / path.parent.name / path.with_suffix("").name
+
+
+def _start(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
+    """Read the config and refuse at once what this machine cannot run."""
+    _quiet()
+    cfg = load(cfg_path, overrides)
+    pick_accelerator(cfg)
+    return cfg
+
+
+def _quiet() -> None:
+    """Leave out what Lightning says of itself and of the machine; its warnings stay, but for the known ones."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory .* exists.*"):
+        warnings.filterwarnings("ignore", message)
+
+
+def _checkpoint(cfg: CfgNode, directory: Path, name: str, sections: tuple[str, ...]) -> Path:
+    path = Path(cfg.CKPT) if cfg.CKPT else checkpoints.newest(directory, name)
+    checkpoints.check_same(checkpoints.read(path), cfg, path, sections=sections)
+    return path
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"OUTPUT_DIR: cannot write to {directory}: {error.strerror}") from error
+
+
+def _hparams(cfg: CfgNode) -> dict[str, Any]:
+    dropping = {"strategy": cfg.DROPIT.STRATEGY, "gamma": cfg.DROPIT.GAMMA}
+    plain = {"strategy": "plain", "gamma": 0.0}
+    return {
+        "dataset": cfg.DATASET,
+        "arch": cfg.MODEL.ARCH,
+        **(dropping if cfg.MODEL.DROPIT else plain),
+        "batch_size": cfg.SOLVER.BATCH_SIZE,
+        "lr": cfg.SOLVER.LR,
+        "seed": cfg.SEED,
+    }
+
+
+def _summary(trainer: Trainer, cache: CacheMonitor, speed: SpeedMonitor, best: Any) -> str:
+    metrics = trainer.callback_metrics
+    accuracy = "not evaluated"
+    if "val/acc1" in metrics:
+        accuracy = f"acc1 {metrics['val/acc1']:.4f} (best {best:.4f}), acc5 {metrics['val/acc5']:.4f}"
+    change = (cache.cache_ratio - 1) * 100
+    return "\n".join(
+        [
+            f"validation   {accuracy}",
+            f"cache        {cache.cache_mb:.2f} MiB held for backward, {cache.dense_mb:.2f} plain ({change:+.1f} %)",
+            f"time         {speed.step_seconds * 1000:.1f} ms per step",
+            f"logs         {trainer.log_dir}",
+        ]
+    )
