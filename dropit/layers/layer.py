@@ -46,7 +46,7 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """What autocast would make of the arguments of a Linear or Conv, done where autograd still sees it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(tensor, dtype) for tensor in tensors)

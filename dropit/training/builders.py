@@ -80,15 +80,19 @@ def build_data(cfg: CfgNode) -> ImageData:
     return ImageData(train, val, batch_size=batch_size, num_workers=cfg.DATALOADER.NUM_WORKERS)
 
 
-def build_checkpointing() -> ModelCheckpoint:
-    """best.ckpt by val/acc1 and last.ckpt, written at every evaluation."""
-    return ModelCheckpoint(
-        filename="best", monitor="val/acc1", mode="max", save_last=True, auto_insert_metric_name=False
-    )
+def build_checkpointing() -> tuple[ModelCheckpoint, ModelCheckpoint]:
+    """best.ckpt by val/acc1, and last.ckpt after every epoch (save_last would follow the best only)."""
+    best = ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    return best, last
 
 
 def build_trainer(
-    cfg: CfgNode, directory: Path | None = None, callbacks: Sequence[Callback] = (), version: str | None = None
+    cfg: CfgNode,
+    directory: Path | None = None,
+    callbacks: Sequence[Callback] = (),
+    version: str | None = None,
+    log_every: int = 10,
 ) -> Trainer:
     """Lightning's Trainer on the devices that the config asks for. It logs to directory/version_N, if to any."""
     logger = directory is not None and TensorBoardLogger(
@@ -103,7 +107,7 @@ def build_trainer(
         logger=logger,
         callbacks=[*callbacks, LearningRateMonitor("step")] if logger else None,
         enable_checkpointing=bool(logger),
-        log_every_n_steps=10,
+        log_every_n_steps=log_every,
         num_sanity_val_steps=0,
         enable_model_summary=False,
         deterministic="warn",
@@ -116,6 +120,6 @@ def pick_accelerator(cfg: CfgNode) -> str:
     chosen: str = cfg.ACCELERATOR
     if chosen == "auto":
         chosen = "gpu" if gpus or cfg.NUM_GPUS > 1 else "cpu"
-    if chosen == "gpu" and cfg.NUM_GPUS > gpus:
+    if chosen == "gpu" and gpus < cfg.NUM_GPUS:
         raise SetupError(f"NUM_GPUS {cfg.NUM_GPUS}, but this machine has {gpus}; ACCELERATOR cpu runs on the CPU")
     return chosen

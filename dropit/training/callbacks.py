@@ -75,7 +75,6 @@ class SpeedMonitor(Callback):
     """Logs train/samples_per_sec of each epoch, over all processes, and on a GPU memory/peak_allocated_mb."""
 
     def __init__(self) -> None:
-        self.step_seconds = float("nan")
         self._epochs: list[float] = []
         self._samples = 0
         self._start = 0.0
@@ -90,22 +89,23 @@ class SpeedMonitor(Callback):
     ) -> None:
         """Count; stop the clock at the last batch, before validation."""
         self._samples += len(batch[0]) * trainer.world_size
-        if trainer.is_last_batch and trainer.logger is not None:
-            self._log(trainer, batch_idx + 1)
-
-    def _log(self, trainer: Trainer, steps: int) -> None:
+        if not trainer.is_last_batch:
+            return
         metrics = {}
-        if torch.cuda.is_available():
+        if pl_module.device.type == "cuda":
             torch.cuda.synchronize()
             metrics["memory/peak_allocated_mb"] = torch.cuda.max_memory_allocated() / MIB
         seconds = time.perf_counter() - self._start
-        self._epochs.append(seconds / steps)
-        # The first epoch warms up, unless it is the only one.
-        rest = self._epochs[1:] or self._epochs
-        self.step_seconds = sum(rest) / len(rest)
         metrics["train/samples_per_sec"] = self._samples / seconds
-        assert trainer.logger is not None
-        trainer.logger.log_metrics(metrics, trainer.global_step)
+        self._epochs.append(seconds / (batch_idx + 1))
+        if trainer.logger is not None:
+            trainer.logger.log_metrics(metrics, trainer.global_step)
+
+    @property
+    def step_seconds(self) -> float:
+        """Mean time of a step, data loading included; without the first epoch, which warms up, if there are others."""
+        epochs = self._epochs[1:] or self._epochs
+        return sum(epochs) / len(epochs)
 
 
 class Dashboard(Callback):
@@ -132,4 +132,3 @@ class Dashboard(Callback):
             wanted = ("val/acc1", "dropit/cache_mb")
             metrics = {tag: trainer.callback_metrics[tag] for tag in wanted if tag in trainer.callback_metrics}
             trainer.logger.log_hyperparams(self._hparams, metrics, trainer.global_step)
-

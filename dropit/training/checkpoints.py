@@ -32,8 +32,11 @@ def version_dir(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint that train.py wrote; refused if it holds anything but tensors and plain values."""
+def read(path: Path, *, like: CfgNode, sections: tuple[str, ...]) -> dict[str, Any]:
+    """A checkpoint that train.py wrote with a config that is ``like`` this one in the ``sections`` that matter.
+
+    Refused if it holds anything but tensors and plain values.
+    """
     if not path.is_file():
         raise ConfigError(f"CKPT {path}: no such file")
     try:
@@ -44,13 +47,12 @@ def read(path: Path) -> dict[str, Any]:
         raise SetupError(f"{path}: not a whole checkpoint") from error
     if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
         raise SetupError(f"{path}: not a checkpoint of train.py")
+    _check_same(flatten(CfgNode.load_cfg(checkpoint["config"])), flatten(like), path, sections)
     return checkpoint
 
 
-def check_same(checkpoint: dict[str, Any], cfg: CfgNode, path: Path, *, sections: tuple[str, ...]) -> None:
-    """Refuse a checkpoint whose config differs from this one in the sections that matter."""
-    kept = flatten(CfgNode.load_cfg(checkpoint["config"]))
-    for key, value in flatten(cfg).items():
+def _check_same(kept: dict[str, Any], wanted: dict[str, Any], path: Path, sections: tuple[str, ...]) -> None:
+    for key, value in wanted.items():
         if key.startswith(sections) and key != "MODEL.PRETRAINED" and kept.get(key, value) != value:
             raise ConfigError(f"{path} does not fit: checkpoint {key} {kept[key]}, config {value}")
 

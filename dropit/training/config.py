@@ -45,13 +45,15 @@ def defaults() -> CfgNode:
     cfg.INPUT = CfgNode()
     # Side of the square that the model sees, in pixels
     cfg.INPUT.SIZE = 224
-    # Mean and deviation of each channel, of values in [0, 1]
+    # Mean of each channel, of values in [0, 1]
     cfg.INPUT.MEAN = [0.485, 0.456, 0.406]
+    # Their standard deviation
     cfg.INPUT.STD = [0.229, 0.224, 0.225]
 
     cfg.MODEL = CfgNode()
     # A torchvision classifier by name, or vit_tiny, resnet_tiny
     cfg.MODEL.ARCH = "resnet18"
+    # Outputs of the classifier
     cfg.MODEL.NUM_CLASSES = 1000
     # Stem of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3)
     cfg.MODEL.STEM = "imagenet"
@@ -77,17 +79,23 @@ def defaults() -> CfgNode:
     cfg.SOLVER = CfgNode()
     # Samples in a step, over all processes together
     cfg.SOLVER.BATCH_SIZE = 128
-    # SGD
+    # Learning rate of SGD
     cfg.SOLVER.LR = 0.1
+    # Momentum of SGD
     cfg.SOLVER.MOMENTUM = 0.9
+    # L2 penalty, on every parameter
     cfg.SOLVER.WEIGHT_DECAY = 0.0
-    # multistep (times GAMMA at each of MILESTONES) or cosine (to zero at MAX_EPOCHS)
+    # multistep or cosine (to zero at MAX_EPOCHS)
     cfg.SOLVER.SCHEDULE = "multistep"
+    # Factor of multistep
     cfg.SOLVER.GAMMA = 0.1
+    # Epochs at which multistep applies it
     cfg.SOLVER.MILESTONES = []
     # Epochs over which the rate rises from WARMUP_FACTOR * LR to LR
     cfg.SOLVER.WARMUP_EPOCHS = 0
+    # Where the warm-up starts, as a part of LR
     cfg.SOLVER.WARMUP_FACTOR = 0.1
+    # Epochs to train
     cfg.SOLVER.MAX_EPOCHS = 90
 
     # Training processes, each on a device of its own
@@ -145,7 +153,7 @@ CHECKS: dict[str, Check] = {
     "SOLVER.MOMENTUM": FRACTION,
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
     "SOLVER.GAMMA": FRACTION,
-    "SOLVER.MILESTONES": ("increasing epochs", lambda value: all(a < b for a, b in zip([0, *value], value))),
+    "SOLVER.MILESTONES": ("increasing epochs", lambda v: list(v) == sorted({*v} - {0})),
     "SOLVER.WARMUP_EPOCHS": NOT_NEGATIVE,
     "SOLVER.WARMUP_FACTOR": ("in (0, 1]", lambda value: 0 < value <= 1),
     "SOLVER.MAX_EPOCHS": POSITIVE,
@@ -262,12 +270,13 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _compose_override(key: str, text: str) -> yaml.Node:
     """The node that the text would be in a file; a list may come without its brackets."""
-    if text.lstrip().startswith(("[", "{")):
-        try:
-            return yaml.compose(text, Loader=yaml.SafeLoader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{key}: cannot read {text!r} (command line)") from error
-    return yaml.ScalarNode("tag:yaml.org,2002:str", text)
+    if not text.lstrip().startswith(("[", "{")):
+        return yaml.ScalarNode("tag:yaml.org,2002:str", text)
+    try:
+        node: yaml.Node = yaml.compose(text, Loader=yaml.SafeLoader)  # type: ignore[assignment]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}: cannot read {text!r} (command line)") from error
+    return node
 
 
 def _set(cfg: CfgNode, origins: dict[str, Place], key: str, node: yaml.Node, place: Place) -> None:
@@ -352,7 +361,8 @@ def _check(cfg: CfgNode, origins: dict[str, Place]) -> None:
 
 
 def _shown(node: yaml.Node) -> str:
-    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
+    kind = "list" if isinstance(node, yaml.SequenceNode) else "mapping"
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {kind}"
 
 
 def _suggest(name: str, valid: Sequence[str]) -> str:

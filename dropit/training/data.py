@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,10 @@ class ImageData(LightningDataModule):
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.num_workers = batch_size, num_workers
+
+    def steps_per_epoch(self, processes: int) -> int:
+        """Training steps in an epoch, when the samples are shared between so many processes."""
+        return math.ceil(math.ceil(len(self.train) / processes) / self.batch_size)
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches of the training images."""

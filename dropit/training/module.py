@@ -23,10 +23,7 @@ class Classifier(LightningModule):
         self.recipe = recipe
         self.criterion = nn.CrossEntropyLoss()
         self.accuracy = MetricCollection(
-            {
-                f"val/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro")
-                for k in (1, 5)
-            }
+            {f"val/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
         )
 
     def forward(self, images: Tensor) -> Tensor:

@@ -31,15 +31,18 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     if cfg.CKPT and not resume:
         raise ConfigError("CKPT is for --resume or --mode eval; to start from weights use MODEL.PRETRAINED")
     directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
-    checkpoint = _checkpoint(cfg, directory, "last", sections=("DATASET", "MODEL.", "DROPIT.")) if resume else None
+    checkpoint = None
+    if resume:
+        checkpoint = _find_checkpoint(cfg, directory, "last")
+        checkpoints.read(checkpoint, like=cfg, sections=("DATASET", "MODEL.", "DROPIT."))
     data = build_data(cfg)
     classifier = build_classifier(cfg, pretrained=not resume)
     _make(directory)
 
-    cache, speed, best = CacheMonitor(), SpeedMonitor(), build_checkpointing()
-    callbacks = [cache, speed, best, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
+    cache, speed, (best, last) = CacheMonitor(), SpeedMonitor(), build_checkpointing()
+    callbacks = [cache, speed, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
     version = checkpoints.version_dir(checkpoint).name if checkpoint else None
-    trainer = build_trainer(cfg, directory, callbacks, version)
+    trainer = build_trainer(cfg, directory, callbacks, version, log_every=min(10, data.steps_per_epoch(cfg.NUM_GPUS)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
         report = coverage(classifier.model)
         print(f"DropIT: {cfg.DROPIT.STRATEGY}, gamma {cfg.DROPIT.GAMMA}: {report.summary()} layers")
@@ -55,12 +58,14 @@ def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -
     cfg = _start(cfg_path, overrides)
     data = build_data(cfg)
     directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
-    checkpoint = _checkpoint(cfg, directory, "best", sections=("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM"))
+    path = _find_checkpoint(cfg, directory, "best")
+    checkpoint = checkpoints.read(path, like=cfg, sections=("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM"))
     classifier = build_classifier(cfg, pretrained=False)
+    classifier.load_state_dict(checkpoint["state_dict"])
     trainer = build_trainer(cfg)
-    (metrics,) = trainer.validate(classifier, data, ckpt_path=checkpoint, weights_only=True, verbose=False)
+    (metrics,) = trainer.validate(classifier, data, verbose=False)
     if trainer.is_global_zero:
-        print(f"checkpoint   {checkpoint}")
+        print(f"checkpoint   {path}")
         print("validation   " + ", ".join(f"{tag.removeprefix('val/')} {metrics[tag]:.4f}" for tag in sorted(metrics)))
 
 
@@ -86,10 +91,8 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _checkpoint(cfg: CfgNode, directory: Path, name: str, sections: tuple[str, ...]) -> Path:
-    path = Path(cfg.CKPT) if cfg.CKPT else checkpoints.newest(directory, name)
-    checkpoints.check_same(checkpoints.read(path), cfg, path, sections=sections)
-    return path
+def _find_checkpoint(cfg: CfgNode, directory: Path, name: str) -> Path:
+    return Path(cfg.CKPT) if cfg.CKPT else checkpoints.newest(directory, name)
 
 
 def _make(directory: Path) -> None:
@@ -123,6 +126,6 @@ def _summary(trainer: Trainer, cache: CacheMonitor, speed: SpeedMonitor, best: A
             f"validation   {accuracy}",
             f"cache        {cache.cache_mb:.2f} MiB held for backward, {cache.dense_mb:.2f} plain ({change:+.1f} %)",
             f"time         {speed.step_seconds * 1000:.1f} ms per step",
-            f"logs         {trainer.log_dir}",
+            f"logs         {trainer.logger.log_dir}",  # type: ignore[union-attr]
         ]
     )

@@ -1,0 +1,23 @@
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def image_tree(tmp_path):
+    """Real images, scikit-learn's digits, as TREE/train/<class>/<nn>.png and TREE/val/..., 32 x 32."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+
+    def build(per_class=4, classes=10):
+        for digit in range(classes):
+            mine = digits.images[digits.target == digit]
+            for split, images in (("train", mine[:per_class]), ("val", mine[per_class : 2 * per_class])):
+                folder = tmp_path / "tree" / split / str(digit)
+                folder.mkdir(parents=True)
+                for number, image in enumerate(images):
+                    pixels = (image * (255 / 16)).astype("uint8")
+                    Image.fromarray(pixels).convert("RGB").resize((32, 32)).save(folder / f"{number:02}.png")
+        return tmp_path / "tree"
+
+    return build

@@ -1,0 +1,221 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from dropit.training import runs
+from dropit.training.errors import ConfigError, SetupError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path, image_tree, monkeypatch):
+    """A config of few real images for the tiny ViT, configs/few/vit.yaml; the run is made in a new directory."""
+    tree = image_tree(per_class=4)
+    path = tmp_path / "configs" / "few" / "vit.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"""
+_BASE_: {ROOT / "configs/digits/vit_tiny_fastminkx0.9.yaml"}
+DATASET: imagenet
+TRAIN: {{PATH: {tree}/train}}
+VAL: {{PATH: {tree}/val}}
+SOLVER: {{BATCH_SIZE: 20, MAX_EPOCHS: 3, WARMUP_EPOCHS: 0}}
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    return str(path)
+
+
+def events(version):
+    accumulator = EventAccumulator(str(version), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def scalars(accumulator, tag):
+    return [event.value for event in accumulator.Scalars(tag)]
+
+
+def test_a_run_leaves_its_scalars_pages_and_checkpoints(config, capsys):
+    assert train.main(["--cfg", config]) == 0
+    version = Path("outputs/few/vit/version_0")
+    log = events(version)
+    tags = set(log.Tags()["scalars"])
+    assert {"train/loss", "val/loss", "val/acc1", "val/acc5", "lr-SGD", "train/samples_per_sec"} <= tags
+    assert {"dropit/cache_mb", "dropit/dense_mb", "dropit/cache_ratio"} <= tags
+
+    cache, dense, ratio = (scalars(log, f"dropit/{tag}") for tag in ("cache_mb", "dense_mb", "cache_ratio"))
+    assert len(ratio) == 3
+    assert ratio[0] == pytest.approx(cache[0] / dense[0]) == pytest.approx(0.71, abs=0.02)
+    assert len(scalars(log, "val/acc1")) == 3 + 1  # each epoch, and the hparams row
+    plugins = log.summary_metadata
+    assert {"custom_scalars__config__"} <= plugins.keys()
+    assert any("hparams" in tag for tag in plugins)
+
+    best = torch.load(version / "checkpoints" / "best.ckpt", weights_only=True)
+    assert "encoder.layers.encoder_layer_0.mlp.0.weight" in {key.removeprefix("model.") for key in best["state_dict"]}
+    assert "GAMMA: 0.9" in best["config"]
+    out = capsys.readouterr().out
+    assert "DropIT: fastmink, gamma 0.9: converted 10 of 18 layers" in out
+    summary = {line.split()[0]: line for line in out.splitlines() if line}
+    assert f"{cache[-1]:.2f} MiB held for backward, {dense[-1]:.2f} plain (-29" in summary["cache"]
+    assert "ms per step" in summary["time"]
+    assert summary["logs"].split()[1] == str(version)
+
+
+def test_it_learns(config):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "30", "CHECK_VAL_EVERY_N_EPOCH", "30"]) == 0
+    log = events("outputs/few/vit/version_0")
+    loss = scalars(log, "train/loss")
+    assert loss[-1] < loss[0] / 2
+    assert len(scalars(log, "val/acc1")) == 1 + 1
+
+
+def test_a_new_run_loses_nothing_of_the_last(config):
+    for _ in range(2):
+        assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    assert sorted(path.name for path in Path("outputs/few/vit").iterdir()) == ["version_0", "version_1"]
+
+
+def test_resume_goes_on_where_the_run_stopped(config):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "2"]) == 0
+    assert train.main(["--cfg", config, "--resume", "SOLVER.MAX_EPOCHS", "4"]) == 0
+    last = torch.load("outputs/few/vit/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 8
+    assert len(scalars(events("outputs/few/vit/version_0"), "dropit/cache_mb")) >= 4
+    assert not Path("outputs/few/vit/version_1").exists()
+
+
+def test_evaluation_gives_the_accuracy_that_training_saw(config, capsys):
+    assert train.main(["--cfg", config]) == 0
+    seen = max(scalars(events("outputs/few/vit/version_0"), "val/acc1"))
+    capsys.readouterr()
+    assert train.main(["--mode", "eval", "--cfg", config]) == 0
+    out = capsys.readouterr().out
+    assert f"acc1 {seen:.4f}" in out
+    assert "best.ckpt" in out
+
+
+def test_the_plain_run_stands_beside_it(config, capsys):
+    assert train.main(["--cfg", config, "MODEL.DROPIT", "false", "SOLVER.MAX_EPOCHS", "1"]) == 0
+    assert "(+0.0 %)" in capsys.readouterr().out
+
+
+def test_a_run_is_named_after_its_config():
+    assert runs.run_dir("configs/digits/vit_tiny_fastminkx0.9.yaml", "outputs") == Path(
+        "outputs/digits/vit_tiny_fastminkx0.9"
+    )
+
+
+def failure(capsys, *arguments):
+    """The exit code and the one line on stderr."""
+    code = train.main(list(arguments))
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return code, captured.err
+
+
+BAD = {
+    "unknown key": (["DROPIT.GAMA", "0.9"], 2, "did you mean GAMMA?"),
+    "gamma 7": (["DROPIT.GAMMA", "7"], 2, "DROPIT.GAMMA must be in [0, 1), got 7.0 (command line)"),
+    "odd overrides": (["SEED"], 2, "SEED has no value"),
+    "wrong type": (["SOLVER.MAX_EPOCHS", "many"], 2, "SOLVER.MAX_EPOCHS must be an integer, got 'many'"),
+    "unknown arch": (["MODEL.ARCH", "vit_tinny"], 2, "did you mean vit_tiny?"),
+    "unknown data set": (["DATASET", "mnist"], 2, "DATASET must be one of digits, cifar100, imagenet"),
+    "missing data": (["TRAIN.PATH", "no/such"], 1, "TRAIN.PATH no/such is not a directory: expected"),
+    "no layer converted": (["DROPIT.SKIP", "*"], 2, "converted 0 of 18"),
+    "too few GPUs": (["NUM_GPUS", "2", "ACCELERATOR", "gpu"], 1, "ACCELERATOR cpu runs on the CPU"),
+    "nothing to resume": (["--resume"], 1, "no checkpoint last.ckpt below"),
+    "nothing to evaluate": (["--mode", "eval"], 1, "no checkpoint best.ckpt below"),
+    "missing checkpoint": (["--resume", "CKPT", "no.ckpt"], 2, "CKPT no.ckpt: no such file"),
+    "a checkpoint without --resume": (["CKPT", "no.ckpt"], 2, "CKPT is for --resume or --mode eval"),
+    "unknown mode": (["--mode", "test"], 2, "invalid choice: 'test'"),
+    "unknown flag": (["--fast"], 2, "unrecognized arguments: --fast"),
+    "weights that are not there": (["MODEL.PRETRAINED", "no.pth"], 2, "MODEL.PRETRAINED must be a local file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), BAD.values(), ids=BAD)
+def test_bad_input_gives_one_line_and_an_exit_code(config, capsys, arguments, code, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    got, line = failure(capsys, "--cfg", config, *arguments)
+    assert (got, message in line) == (code, True), line
+    assert not Path("outputs/few/vit/version_0").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [([], "--cfg"), (["--cfg", "no.yaml"], "no.yaml: no such file")])
+def test_without_a_config_nothing_starts(capsys, arguments, message):
+    code, line = failure(capsys, *arguments)
+    assert code == 2
+    assert message in line
+
+
+def test_a_python_config_is_refused_and_not_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cfg.py").write_text("open('ran', 'w')")
+    assert failure(capsys, "--cfg", "cfg.py") == (2, "train.py: cfg.py: a config is a local .yaml or .yml file\n")
+    assert not Path("ran").exists()
+
+
+def test_a_resume_under_another_gamma_is_refused(config, capsys):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    capsys.readouterr()
+    code, line = failure(capsys, "--cfg", config, "--resume", "DROPIT.GAMMA", "0.7")
+    assert code == 2
+    assert "checkpoint DROPIT.GAMMA 0.9, config 0.7" in line
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>", b"version https://git-lfs"])
+def test_a_broken_checkpoint_is_refused(config, capsys, content):
+    Path("broken.ckpt").write_bytes(content)
+    code, line = failure(capsys, "--cfg", config, "--resume", "CKPT", "broken.ckpt")
+    assert code == 1
+    assert "broken.ckpt" in line
+
+
+def test_a_place_that_cannot_be_written_is_said_before_training(config, capsys):
+    Path("outputs").write_text("a file")
+    code, line = failure(capsys, "--cfg", config)
+    assert code == 1
+    assert "OUTPUT_DIR: cannot write to" in line
+
+
+def test_debug_shows_the_traceback(config):
+    with pytest.raises(ConfigError):
+        train.main(["--cfg", config, "--debug", "DROPIT.GAMMA", "7"])
+    with pytest.raises(SetupError):
+        train.main(["--debug", "--cfg", config, "TRAIN.PATH", "no/such"])
+
+
+def test_overrides_may_stand_anywhere(config, capsys):
+    code, line = failure(capsys, "DROPIT.GAMMA", "7", "--cfg", config, "SEED", "1")
+    assert code == 2
+    assert "got 7.0" in line
+
+
+@pytest.mark.ddp
+def test_two_processes_share_a_batch_and_agree(config):
+    """As typed: torch's gloo between two processes on the CPU."""
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
+    done = subprocess.run([*command, "SOLVER.MAX_EPOCHS", "2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("MiB held for backward") == 1
+    log = events("outputs/few/vit/version_0")
+    last = torch.load("outputs/few/vit/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4  # two epochs of 40 images, 20 in a step over both
+    assert scalars(log, "dropit/cache_mb")[0] < 4  # of half a batch: one process's own
+
+
+def test_the_exit_code_reaches_the_shell(config):
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "DROPIT.GAMMA", "7"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "train.py: DROPIT.GAMMA must be in [0, 1), got 7.0 (command line)\n"
+    assert done.stdout == ""
