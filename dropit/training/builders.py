@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -110,6 +111,7 @@ def build_trainer(
         log_every_n_steps=log_every,
         num_sanity_val_steps=0,
         enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
         deterministic="warn",
     )
 

@@ -113,7 +113,7 @@ class Dashboard(Callback):
 
     PAGE = {  # noqa: RUF012
         "DropIT": {
-            "accuracy": ["Multiline", ["val/acc1", "val/acc5"]],
+            "accuracy": ["Multiline", ["val/acc1"]],
             "cache, MiB": ["Multiline", ["dropit/cache_mb", "dropit/dense_mb"]],
         }
     }
@@ -132,3 +132,13 @@ class Dashboard(Callback):
             wanted = ("val/acc1", "dropit/cache_mb")
             metrics = {tag: trainer.callback_metrics[tag] for tag in wanted if tag in trainer.callback_metrics}
             trainer.logger.log_hyperparams(self._hparams, metrics, trainer.global_step)
+
+
+class EpochLines(Callback):
+    """One line an epoch, for a log file, where a progress bar would be noise."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the newest of all that the progress bar would show."""
+        if trainer.is_global_zero:
+            metrics = ", ".join(f"{tag} {value:.4g}" for tag, value in trainer.progress_bar_metrics.items())
+            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {metrics}", flush=True)

@@ -356,8 +356,6 @@ def _check(cfg: CfgNode, origins: dict[str, Place]) -> None:
             refuse(key, must)
     if cfg.SOLVER.BATCH_SIZE % cfg.NUM_GPUS:
         refuse("SOLVER.BATCH_SIZE", f"a multiple of NUM_GPUS ({cfg.NUM_GPUS}), as it is the total over all processes")
-    if cfg.SOLVER.WARMUP_EPOCHS >= cfg.SOLVER.MAX_EPOCHS and cfg.SOLVER.WARMUP_EPOCHS > 0:
-        refuse("SOLVER.WARMUP_EPOCHS", f"below SOLVER.MAX_EPOCHS ({cfg.SOLVER.MAX_EPOCHS})")
 
 
 def _shown(node: yaml.Node) -> str:

@@ -47,7 +47,8 @@ def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
     if recipe.schedule == "multistep":
         steps = MultiStepLR(optimizer, list(recipe.milestones), recipe.gamma)
         return ChainedScheduler([_warmup(optimizer, recipe), steps]) if recipe.warmup_epochs else steps
-    cosine = CosineAnnealingLR(optimizer, T_max=recipe.max_epochs - recipe.warmup_epochs)
+    # A run cut short, to try it out, may end within its warm-up.
+    cosine = CosineAnnealingLR(optimizer, T_max=max(1, recipe.max_epochs - recipe.warmup_epochs))
     if not recipe.warmup_epochs:
         return cosine
     return SequentialLR(optimizer, [_warmup(optimizer, recipe), cosine], milestones=[recipe.warmup_epochs])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +21,16 @@ from dropit.training.builders import (
     build_trainer,
     pick_accelerator,
 )
-from dropit.training.callbacks import CacheMonitor, Dashboard, SpeedMonitor
+from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
 from dropit.training.config import load
 from dropit.training.errors import ConfigError, SetupError
+
+_KNOWN_WARNINGS = (
+    ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
+    ".*does not have many workers.*",
+    ".*will create .* worker processes.*",
+    ".*Checkpoint directory .* exists.*",  # on --resume
+)
 
 
 def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
@@ -41,6 +49,8 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
 
     cache, speed, (best, last) = CacheMonitor(), SpeedMonitor(), build_checkpointing()
     callbacks = [cache, speed, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
+    if not sys.stdout.isatty():
+        callbacks.append(EpochLines())
     version = checkpoints.version_dir(checkpoint).name if checkpoint else None
     trainer = build_trainer(cfg, directory, callbacks, version, log_every=min(10, data.steps_per_epoch(cfg.NUM_GPUS)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
@@ -87,7 +97,7 @@ def _quiet() -> None:
     """Leave out what Lightning says of itself and of the machine; its warnings stay, but for the known ones."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*Checkpoint directory .* exists.*"):
+    for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
 
 
@@ -103,15 +113,14 @@ def _make(directory: Path) -> None:
 
 
 def _hparams(cfg: CfgNode) -> dict[str, Any]:
-    dropping = {"strategy": cfg.DROPIT.STRATEGY, "gamma": cfg.DROPIT.GAMMA}
-    plain = {"strategy": "plain", "gamma": 0.0}
+    """Five, as TensorBoard's table shows no more of itself."""
+    dropping = cfg.MODEL.DROPIT
     return {
         "dataset": cfg.DATASET,
         "arch": cfg.MODEL.ARCH,
-        **(dropping if cfg.MODEL.DROPIT else plain),
-        "batch_size": cfg.SOLVER.BATCH_SIZE,
+        "strategy": cfg.DROPIT.STRATEGY if dropping else "plain",
+        "gamma": cfg.DROPIT.GAMMA if dropping else 0.0,
         "lr": cfg.SOLVER.LR,
-        "seed": cfg.SEED,
     }
 
 

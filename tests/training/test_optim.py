@@ -37,6 +37,11 @@ def test_cosine_without_warmup_starts_at_the_rate():
     assert got == pytest.approx([1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2])
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_run_may_end_within_its_warmup(epochs):
+    assert rates(Recipe(1.0, epochs, schedule="cosine", warmup_epochs=3)) == pytest.approx([0.1, 0.55, 1.0][:epochs])
+
+
 def test_multistep_multiplies_at_each_milestone():
     got = rates(Recipe(0.1, 200, milestones=(60, 120, 160), gamma=0.2))
     assert [got[0], got[59], got[60], got[120], got[160]] == pytest.approx([0.1, 0.1, 0.02, 0.004, 0.0008])

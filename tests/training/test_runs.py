@@ -67,6 +67,10 @@ def test_a_run_leaves_its_scalars_pages_and_checkpoints(config, capsys):
     assert f"{cache[-1]:.2f} MiB held for backward, {dense[-1]:.2f} plain (-29" in summary["cache"]
     assert "ms per step" in summary["time"]
     assert summary["logs"].split()[1] == str(version)
+    epochs = [line for line in out.splitlines() if line.startswith("epoch")]
+    assert [line.split()[1] for line in epochs] == ["1/3:", "2/3:", "3/3:"]
+    assert "val/acc1 0." in epochs[0]
+    assert "dropit/cache_mb" in epochs[0]
 
 
 def test_it_learns(config):

@@ -1,0 +1,55 @@
+"""What a wheel and an sdist carry."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory):
+    """The wheel and the sdist, built from a copy of the tree."""
+    source = tmp_path_factory.mktemp("source") / "dropit"
+    leave = shutil.ignore_patterns(".*", "outputs", "data", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=leave)
+    build = "import sys; from setuptools import build_meta as b; print(b.build_{}('.'))"
+    names = []
+    for kind in ("wheel", "sdist"):
+        done = subprocess.run(
+            [sys.executable, "-c", build.format(kind)], cwd=source, capture_output=True, text=True, check=True
+        )
+        names.append(source / done.stdout.splitlines()[-1])
+    return names
+
+
+def modules():
+    return {str(path.relative_to(ROOT)) for path in (ROOT / "dropit").rglob("*.py")}
+
+
+def test_the_wheel_carries_all_code_and_nothing_else(archives):
+    files = set(zipfile.ZipFile(archives[0]).namelist())
+    code = {name for name in files if ".dist-info/" not in name}
+    assert code == modules() | {"dropit/py.typed"}
+    assert any(name.endswith("LICENSE") for name in files)
+
+
+def test_the_sdist_carries_configs_and_tests_too(archives):
+    with tarfile.open(archives[1]) as sdist:
+        files = {name.partition("/")[2] for name in sdist.getnames()}
+    assert modules() <= files
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")} <= files
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("*.py")} <= files
+    assert {"train.py", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "pyproject.toml", "setup.py"} <= files
+
+
+def test_the_library_asks_for_torch_only(archives):
+    with zipfile.ZipFile(archives[0]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
+        required = [line for line in wheel.read(name).decode().splitlines() if line.startswith("Requires-Dist")]
+    assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: torch>=2.6"]

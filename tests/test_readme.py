@@ -1,0 +1,108 @@
+"""Every command and example of the README is run here, shortened where it would take long or needs hardware or data."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line for block in blocks("sh") + blocks("shell") for line in block.splitlines()]
+COMMANDS += re.findall(r"`(python [^`]+)`", TEXT)
+MAIN_JOB, TESTS = (block.strip() for block in blocks("sh"))
+TRAIN = list(dict.fromkeys(f"python train.py{c.partition('python train.py')[2]}" for c in COMMANDS if "train.py" in c))
+OFFLINE = {"cifar100", "imagenet"}
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A directory with the repository's configs and benchmarks, and outputs of its own."""
+    for name in ("configs", "benchmarks", "train.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_two_commands_do_all_the_setup():
+    assert MAIN_JOB.startswith('pip install -e ".[digits]" && python train.py --cfg configs/digits/')
+    assert TESTS == 'pip install -e ".[dev]" && pytest'
+    assert len(TRAIN) == 7
+
+
+def test_the_train_commands_run_as_typed_one_after_the_other(workplace):
+    """On digits, an epoch each: a later one resumes or evaluates what an earlier one wrote."""
+    digits = [command for command in TRAIN if "configs/digits" in command]
+    assert len(digits) == 5
+    for command in digits:
+        arguments = shlex.split(command)[2:]
+        shorter = [] if "--mode" in arguments else ["SOLVER.MAX_EPOCHS", "2" if "--resume" in arguments else "1"]
+        assert train.main([*arguments, *shorter]) == 0
+
+
+@pytest.mark.parametrize("command", [c for c in TRAIN if any(f"configs/{data}" in c for data in OFFLINE)])
+def test_without_the_data_or_the_gpus_one_line_says_what_is_missing(workplace, monkeypatch, capsys, command):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert train.main(shlex.split(command)[2:]) == 1
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "NUM_GPUS 2, but this machine has 0" in line or "CIFAR-100 is not in data" in line
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_examples_run(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_memory_benchmark_runs(workplace):
+    assert "python benchmarks/memory.py" in COMMANDS
+    done = subprocess.run(
+        [sys.executable, "benchmarks/memory.py", "--batch", "2"], capture_output=True, text=True, check=True
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) == 6
+    in_readme = [line for line in TEXT.splitlines() if line.startswith("| ")]
+    for row in rows:  # the plain column, to the last digit; ours depends a little on the batch
+        assert any(line.split("|")[1:3] == row.split("|")[1:3] for line in in_readme), row
+
+
+@pytest.mark.slow
+def test_the_accuracy_benchmark_runs(workplace):
+    assert "python benchmarks/digits.py" in COMMANDS
+    done = subprocess.run(
+        [sys.executable, "benchmarks/digits.py", "--seeds", "3"], capture_output=True, text=True, check=True
+    )
+    accuracies = [float(line.split("|")[2].split()[0]) for line in done.stdout.splitlines()[2:]]
+    assert len(accuracies) == 4
+    assert min(accuracies) > 0.9
+
+
+@pytest.mark.slow
+def test_the_main_job_reaches_its_accuracy_and_logs_its_scalars(workplace, capfd):
+    command = MAIN_JOB.partition("&& ")[2].split()
+    subprocess.run([sys.executable, *command[1:]], check=True, timeout=300)
+    log = EventAccumulator("outputs/digits/vit_tiny_fastminkx0.9/version_0")
+    log.Reload()
+    last = {tag: log.Scalars(tag)[-1].value for tag in log.Tags()["scalars"]}
+    assert last["val/acc1"] >= 0.93
+    assert {"val/acc5", "train/loss", "lr-SGD", "dropit/dense_mb", "dropit/cache_mb"} <= last.keys()
+    assert last["dropit/cache_ratio"] < 0.75
+    events = log.Scalars("train/loss")
+    assert events[-1].wall_time - events[0].wall_time < 120
+    assert "MiB held for backward" in capfd.readouterr().out
