@@ -55,8 +55,10 @@ def packed_nbytes(n: int, kept: int, itemsize: int) -> int:
 
 def dense_nbytes(x: Tensor) -> int:
     """Bytes that keeping ``x`` by reference holds: an expanded tensor holds each distinct element once."""
-    distinct = math.prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0)
-    return distinct * x.element_size()
+    nbytes = x.element_size()
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        nbytes *= size if stride else 1
+    return nbytes
 
 
 def flatten(x: Tensor) -> tuple[Tensor, Layout]:
@@ -75,4 +77,5 @@ def unflatten(flat: Tensor, layout: Layout) -> Tensor:
 
 
 def _memory_order(x: Tensor) -> tuple[int, ...]:
-    return tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
+    strides = x.stride()
+    return tuple(sorted(range(x.dim()), key=lambda dim: -strides[dim]))

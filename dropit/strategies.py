@@ -39,7 +39,7 @@ class Strategy(ABC):
             return keep_dense(x)
         with torch.no_grad():
             flat, layout = flatten(x.detach())
-            return ops.pack(flat, self.select(flat), layout)
+            return ops.pack(flat, self.select(flat), self.count(n), layout)
 
     def count(self, n: int) -> int:
         """How many of ``n`` elements are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
