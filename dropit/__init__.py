@@ -1,8 +1,8 @@
 """DropIT: train with the top-k elements of each layer's input in memory, not all of them."""
 
-from dropit.convert import Coverage, coverage, from_dropit, to_dropit
+from dropit.convert import COMPRESS, Coverage, coverage, from_dropit, to_dropit
 from dropit.memory import CacheMeter
 from dropit.strategies import STRATEGIES
 
 __version__ = "0.1.0"
-__all__ = ["STRATEGIES", "CacheMeter", "Coverage", "coverage", "from_dropit", "to_dropit"]
+__all__ = ["COMPRESS", "STRATEGIES", "CacheMeter", "Coverage", "coverage", "from_dropit", "to_dropit"]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
-from dropit.layers import SWAPS, DropITLayer
+from dropit.layers import SWAPS, DropITLayer, PackedInputLayer
 from dropit.strategies import make_strategy
 
-# Layers that keep their input for a weight gradient: what the report speaks of.
-_CANDIDATES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+# Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
+_WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+COMPRESS = ("none", "lossless")
+_PLAIN = "plain: left out, or to_dropit was not called"
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -23,39 +25,54 @@ def to_dropit(
     gamma: float = 0.9,
     *,
     block_size: int | None = None,
+    compress: str = "lossless",
     filter_fn: Filter | None = None,
     seed: int | None = None,
 ) -> nn.Module:
-    """Make the Linear and Conv2d layers of ``model`` keep only part of their input for the backward pass. In place.
+    """Make the layers of ``model`` keep only part of their input for the backward pass. In place; returns the model.
 
     strategy: a name in ``dropit.STRATEGIES``. gamma: the fraction of the elements that is dropped, in [0, 1).
-    block_size: elements in one block of "fastmink" (16384 if None). filter_fn(module, fqn): which layers to convert.
-    seed: for "random", its own random numbers instead of PyTorch's.
+    block_size: elements in one block of "fastmink" (16384 if None).
+    compress: how layers without a weight keep what they keep: "none", as PyTorch does, or "lossless", with the same
+    gradients bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go.
+    filter_fn(module, fqn): which layers to convert. seed: for "random", its own random numbers instead of PyTorch's.
 
-    Parameters, hooks and state_dict keys stay as they are. Layers that are DropIT layers already get the new strategy.
-    Returns the model. Raises ValueError where an argument is out of range or no layer could be converted.
+    Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
+    arguments. Raises ValueError where an argument is out of range or no layer with a weight could be converted.
     """
+    if compress not in COMPRESS:
+        raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
     chosen = make_strategy(strategy, gamma, block_size=block_size, seed=seed)
     targets = [
-        module
+        (module, SWAPS[_plain_type(module)])
         for fqn, module in model.named_modules()
         if _plain_type(module) in SWAPS and (filter_fn is None or filter_fn(module, fqn))
     ]
-    if not targets:
+    if not any(issubclass(swap, PackedInputLayer) for _, swap in targets):
         raise ValueError(_nothing_converted(model))
-    for module in targets:
-        module.__class__ = SWAPS[_plain_type(module)]  # type: ignore[assignment]
-        module.strategy = chosen  # type: ignore[assignment]
+    for module, swap in targets:
+        if issubclass(swap, PackedInputLayer):
+            module.__class__ = swap  # type: ignore[assignment]
+            module.strategy = chosen  # type: ignore[assignment]
+        elif compress == "lossless":
+            module.__class__ = swap  # type: ignore[assignment]
+        else:
+            _restore(module)
     return model
 
 
 def from_dropit(model: nn.Module) -> nn.Module:
     """Undo :func:`to_dropit`, in place. Returns the model."""
     for module in model.modules():
-        if isinstance(module, DropITLayer):
-            module.__class__ = module.plain  # type: ignore[assignment]
-            del module.strategy
+        _restore(module)
     return model
+
+
+def _restore(module: nn.Module) -> None:
+    if isinstance(module, DropITLayer):
+        if isinstance(module, PackedInputLayer):
+            del module.strategy
+        module.__class__ = module.plain  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class LayerCoverage:
 
 
 class Coverage(list[LayerCoverage]):
-    """The layers of a model that keep an input for a weight gradient, and whether DropIT packs it."""
+    """The layers of a model that DropIT could make keep less, and whether it does."""
 
     @property
     def converted(self) -> int:
@@ -92,26 +109,22 @@ class Coverage(list[LayerCoverage]):
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Say of each layer that keeps an input for a weight gradient whether it is converted, or why not."""
+    """Say of each layer that DropIT could make keep less whether it is converted, or why not."""
+    spoken_of: tuple[type[nn.Module], ...] = (*_WEIGHTED, *SWAPS)
+    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
+    inside = {id(child) for attention in attentions for child in attention.children()}  # which attention never calls
     return Coverage(
-        LayerCoverage(fqn, _plain_type(module).__name__, _reason(model, module, fqn))
-        for fqn, module in _candidates(model)
+        LayerCoverage(fqn, _plain_type(module).__name__, _reason(module))
+        for fqn, module in model.named_modules()
+        if isinstance(module, spoken_of) and id(module) not in inside
     )
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((fqn, module) for fqn, module in model.named_modules() if isinstance(module, _CANDIDATES))
-
-
-def _reason(model: nn.Module, module: nn.Module, fqn: str) -> str:
+def _reason(module: nn.Module) -> str:
     if isinstance(module, DropITLayer):
         return ""
-    if _inside_attention(model, fqn):
-        return "not converted: nn.MultiheadAttention never calls it"
-    if isinstance(module, nn.MultiheadAttention):
-        return "not converted: its projections run inside one function"
     if type(module) in SWAPS:
-        return "plain: left out, or to_dropit was not called"
+        return _PLAIN
     base = next((plain for plain in SWAPS if isinstance(module, plain)), None)
     if base is not None:
         return f"not converted: a subclass of {base.__name__} may compute something else"
@@ -119,18 +132,13 @@ def _reason(model: nn.Module, module: nn.Module, fqn: str) -> str:
 
 
 def _nothing_converted(model: nn.Module) -> str:
-    rows = coverage(model)
+    rows = [row for row in coverage(model) if isinstance(model.get_submodule(row.fqn), _WEIGHTED)]
     if not rows:
         return f"converted no layer: {type(model).__name__} has no Linear or Conv layer"
-    counts = Counter((row.type, row.reason) for row in rows)
+    counts = Counter((row.type, row.reason.replace(_PLAIN, "left out by filter_fn")) for row in rows)
     listed = "; ".join(f"{kind} x{count}: {reason}" for (kind, reason), count in counts.items())
     return f"converted 0 of {len(rows)}: {listed}"
 
 
 def _plain_type(module: nn.Module) -> type[nn.Module]:
     return module.plain if isinstance(module, DropITLayer) else type(module)
-
-
-def _inside_attention(model: nn.Module, fqn: str) -> bool:
-    parent = fqn.rpartition(".")[0]
-    return bool(fqn) and isinstance(model.get_submodule(parent), nn.MultiheadAttention)

@@ -25,7 +25,7 @@ def converted(model):
 def test_layers_are_swapped_in_place_wherever_they_are():
     model = small_net()
     assert dropit.to_dropit(model) is model
-    assert converted(model) == ["0", "2.1"]
+    assert converted(model) == ["0", "1", "2.1"]
     root = nn.Linear(20, 10)
     assert dropit.to_dropit(root) is root
     assert converted(root) == [""]
@@ -63,6 +63,18 @@ def test_converting_again_only_changes_the_strategy():
     assert model[0].strategy == MinK(0.5)
 
 
+def test_compress_none_leaves_layers_without_a_weight_as_they_are():
+    model = dropit.to_dropit(small_net(), compress="none")
+    assert converted(model) == ["0", "2.1"]
+    assert converted(dropit.to_dropit(model, compress="lossless")) == ["0", "1", "2.1"]
+    assert converted(dropit.to_dropit(model, compress="none")) == ["0", "2.1"]
+
+
+def test_an_unknown_way_to_compress_is_refused():
+    with pytest.raises(ValueError, match="compress must be one of none, lossless, got 'zip'"):
+        dropit.to_dropit(small_net(), compress="zip")
+
+
 def test_from_dropit_undoes_it():
     model = small_net()
     before = [(type(module), set(vars(module))) for module in model.modules()]
@@ -93,7 +105,10 @@ def test_the_arguments_reach_the_strategy():
     ("model", "message"),
     [
         (nn.Sequential(Subclass(4, 4), Subclass(4, 4)), r"converted 0 of 2: Subclass x2: .*subclass of Linear"),
-        (nn.Sequential(nn.Conv1d(4, 4, 1)), r"converted 0 of 1: Conv1d x1: not converted: this type is not supported"),
+        (
+            nn.Sequential(nn.Bilinear(4, 4, 1)),
+            r"converted 0 of 1: Bilinear x1: not converted: this type is not supported",
+        ),
         (nn.ReLU(), "converted no layer: ReLU has no Linear or Conv layer"),
     ],
 )
@@ -103,7 +118,9 @@ def test_converting_nothing_is_an_error_that_says_why(model, message):
 
 
 def test_filtering_everything_out_is_an_error_that_says_why():
-    with pytest.raises(ValueError, match="converted 0 of 2: Conv2d x1: plain: left out"):
+    with pytest.raises(
+        ValueError, match="converted 0 of 2: Conv2d x1: left out by filter_fn; Linear x1: left out by filter_fn"
+    ):
         dropit.to_dropit(small_net(), filter_fn=lambda module, fqn: False)
 
 
@@ -115,18 +132,20 @@ def test_a_refused_gamma_leaves_the_model_alone():
 
 
 def test_coverage_says_of_each_layer_what_became_of_it():
-    model = nn.Sequential(nn.Linear(8, 8), Subclass(8, 8), nn.MultiheadAttention(8, 2), nn.Conv1d(8, 8, 1), nn.ReLU())
+    model = nn.Sequential(
+        nn.Linear(8, 8), Subclass(8, 8), nn.MultiheadAttention(8, 2), nn.Bilinear(8, 8, 1), nn.ReLU(), nn.GELU()
+    )
     report = dropit.coverage(dropit.to_dropit(model))
     assert [(row.fqn, row.type, row.status.split(":")[0]) for row in report] == [
         ("0", "Linear", "converted"),
         ("1", "Subclass", "not converted"),
-        ("2", "MultiheadAttention", "not converted"),
-        ("2.out_proj", "NonDynamicallyQuantizableLinear", "not converted"),
-        ("3", "Conv1d", "not converted"),
+        ("2", "MultiheadAttention", "converted"),
+        ("3", "Bilinear", "not converted"),
+        ("4", "ReLU", "converted"),
     ]
     table = str(report).splitlines()
     assert table[0].split() == ["layer", "type", "status"]
-    assert table[-1] == "converted 1 of 5"
+    assert table[-1] == "converted 3 of 5"
 
 
 def test_coverage_of_a_plain_model():

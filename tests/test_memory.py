@@ -121,11 +121,12 @@ def test_dropping_lowers_what_a_vit_holds_by_what_is_not_stored():
     with CacheMeter(model, retain=False) as ours:
         z = model(x)
     tokens = 8 * 17
-    let_go = {8 * 3 * 32 * 32: 1, tokens * 64: 2, tokens * 256: 2}  # elements: the patches, the MLPs' two layers
+    # elements: of the patches, of what goes into the projections and the MLPs' first layers, and the second
+    let_go = {8 * 3 * 32 * 32: 1, tokens * 64: 4, tokens * 256: 2}
     saved = sum(times * (4 * n - (4 * round(n / 10) + n // 8)) for n, times in let_go.items())
     saved += 4 * tokens * 64 - (4 * 51 + 64)  # the head sees 8 of 8 x 17 tokens, and held all
     # Blocks of 16384 round once each.
-    assert plain.total_bytes - ours.total_bytes == pytest.approx(saved, abs=4 * 8)
+    assert plain.total_bytes - ours.total_bytes == pytest.approx(saved, abs=4 * 10)
     assert ours.by_operator()["DropITLinear"] > 0
     del y, z
 

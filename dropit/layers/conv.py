@@ -1,4 +1,4 @@
-"""nn.Conv2d whose input is packed for the backward pass."""
+"""Convolutions and transposed convolutions, in one to three dimensions, whose input is packed for the backward pass."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dropit import ops
-from dropit.layers.layer import DropITLayer, autocast, save_for_backward, saved_tensors
+from dropit.layers.layer import PackedInputLayer, autocast, save_for_backward, saved_tensors
 from dropit.strategies import Strategy
 
 
 class Geometry(NamedTuple):
-    """Where a convolution's windows lie; the padding is with zeros."""
+    """Where a convolution's windows lie, in the order of ``torch.convolution``; the padding is with zeros."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
     groups: int
 
 
-class DropITConv2dFunction(Function):
-    """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of the packed x (DropIT, eq. 5)."""
+class DropITConvFunction(Function):
+    """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of the packed x."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, strategy: Strategy
     ) -> Tensor:
         """The plain forward."""
-        return F.conv2d(input, weight, bias, *geometry)
+        return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -45,56 +47,97 @@ class DropITConv2dFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """grad_output: (N, out, H, W). Returns grads of input (N, in, H, W), weight and bias."""
+        """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
         packed, weight = saved_tensors(ctx)
-        stride, padding, dilation, groups = ctx.geometry
         wanted = ctx.needs_input_grad[:3]
         shape_only = grad_output.new_zeros(()).expand(ctx.input_shape)  # all that grad_input asks of the input
         input = ops.unpack(packed) if wanted[1] else shape_only
-        grads = torch.ops.aten.convolution_backward(
-            grad_output,
-            input,
-            weight,
-            [weight.shape[0]],
-            stride,
-            padding,
-            dilation,
-            False,  # not transposed
-            [0] * len(stride),
-            groups,
-            wanted,
-        )
+        bias_shape = [grad_output.shape[1]]
+        grads = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *ctx.geometry, wanted)
         return *grads, None, None
 
 
-def dropit_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, strategy: Strategy) -> Tensor:
-    """``F.conv2d`` that keeps for backward only what ``strategy`` keeps of ``input`` (N, C, H, W) or (C, H, W)."""
+def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, strategy: Strategy) -> Tensor:
+    """``torch.convolution`` that keeps for backward only what ``strategy`` keeps of ``input`` ([N,] in, *spatial)."""
     input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
-    if input.dim() == 3:
-        output = DropITConv2dFunction.apply(input.unsqueeze(0), weight, bias, geometry, strategy)
+    if input.dim() < weight.dim():
+        output = DropITConvFunction.apply(input.unsqueeze(0), weight, bias, geometry, strategy)
         return output.squeeze(0)  # type: ignore[no-any-return]
-    return DropITConv2dFunction.apply(input, weight, bias, geometry, strategy)  # type: ignore[no-any-return]
+    return DropITConvFunction.apply(input, weight, bias, geometry, strategy)  # type: ignore[no-any-return]
 
 
-class DropITConv2d(DropITLayer, nn.Conv2d):
+class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
+        if not self.packs(self.weight):
+            return super().forward(input)  # type: ignore[misc, no-any-return]
+        padded, padding = self._pad(input)
+        none = (0,) * len(self.stride)
+        geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
+        return dropit_conv(padded, self.weight, self.bias, geometry, self.strategy)
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same')."""
+        around = self._reversed_padding_repeated_twice  # (left, right, top, bottom, ...)
+        none = (0,) * len(self.stride)
+        if self.padding_mode != "zeros":
+            return F.pad(input, around, mode=self.padding_mode), none
+        before, after = around[::2], around[1::2]
+        if before == after:
+            return input, tuple(reversed(before))
+        return F.pad(input, around), none
+
+
+class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
+        if not self.packs(self.weight):
+            return super().forward(input, output_size)  # type: ignore[misc, no-any-return]
+        dimensions = len(self.stride)
+        extra = self._output_padding(
+            input,
+            output_size,
+            list(self.stride),
+            list(self.padding),  # type: ignore[arg-type]
+            list(self.kernel_size),
+            dimensions,
+            list(self.dilation),
+        )
+        geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)  # type: ignore[arg-type]
+        return dropit_conv(input, self.weight, self.bias, geometry, self.strategy)
+
+
+class DropITConv1d(_DropITConv, nn.Conv1d):
+    """nn.Conv1d with a packed input."""
+
+    plain = nn.Conv1d
+
+
+class DropITConv2d(_DropITConv, nn.Conv2d):
     """nn.Conv2d with a packed input."""
 
     plain = nn.Conv2d
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input: (N, in_channels, H, W) or (in_channels, H, W)."""
-        if not self.drops():
-            return super().forward(input)
-        padded, padding = self._pad(input)
-        geometry = Geometry(self.stride, padding, self.dilation, self.groups)
-        return dropit_conv2d(padded, self.weight, self.bias, geometry, self.strategy)
 
-    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """What the Function cannot do: padding with other than zeros, or by one more on one side ('same')."""
-        around = self._reversed_padding_repeated_twice  # (left, right, top, bottom)
-        if self.padding_mode != "zeros":
-            return F.pad(input, around, mode=self.padding_mode), (0, 0)
-        before, after = around[::2], around[1::2]
-        if before == after:
-            return input, tuple(reversed(before))
-        return F.pad(input, around), (0, 0)
+class DropITConv3d(_DropITConv, nn.Conv3d):
+    """nn.Conv3d with a packed input."""
+
+    plain = nn.Conv3d
+
+
+class DropITConvTranspose1d(_DropITConvTranspose, nn.ConvTranspose1d):
+    """nn.ConvTranspose1d with a packed input."""
+
+    plain = nn.ConvTranspose1d
+
+
+class DropITConvTranspose2d(_DropITConvTranspose, nn.ConvTranspose2d):
+    """nn.ConvTranspose2d with a packed input."""
+
+    plain = nn.ConvTranspose2d
+
+
+class DropITConvTranspose3d(_DropITConvTranspose, nn.ConvTranspose3d):
+    """nn.ConvTranspose3d with a packed input."""
+
+    plain = nn.ConvTranspose3d

@@ -12,22 +12,34 @@ from dropit.strategies import Strategy
 
 
 class DropITLayer(nn.Module):
-    """Mixed into a plain layer's class: the strategy it packs its input with, and when it does.
+    """Mixed into a plain layer's class. A layer is swapped by giving the existing module the mixed class.
 
-    A layer is swapped by giving the existing module such a class, so parameters, hooks and state_dict keys stay.
+    So parameters, hooks and state_dict keys stay as they are. ``plain`` is the class it had.
     """
 
     plain: ClassVar[type[nn.Module]]
-    strategy: Strategy
-    weight: Tensor
 
-    def drops(self) -> bool:
+
+class PackedInputLayer(DropITLayer):
+    """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
+
+    strategy: Strategy
+
+    def packs(self, weight: Tensor) -> bool:
         """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
-        return self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        return self.training and torch.is_grad_enabled() and weight.requires_grad
 
     def extra_repr(self) -> str:
         """The plain layer's, and the strategy."""
-        return f"{super().extra_repr()}, strategy={self.strategy}"
+        return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.strategy}"]))
+
+
+class LosslessLayer(DropITLayer):
+    """A layer without a weight that keeps less than PyTorch does, and has the same gradients bit for bit."""
+
+    def packs(self, input: Tensor) -> bool:
+        """Whether a forward pass now keeps anything: in training, where a gradient of the input is wanted."""
+        return self.training and torch.is_grad_enabled() and input.requires_grad
 
 
 def save_for_backward(ctx: Any, packed: Packed | None, *tensors: Tensor | None) -> None:

@@ -10,12 +10,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dropit import ops
-from dropit.layers.layer import DropITLayer, autocast, save_for_backward, saved_tensors
+from dropit.layers.layer import PackedInputLayer, autocast, save_for_backward, saved_tensors
 from dropit.strategies import Strategy
 
 
 class DropITLinearFunction(Function):
-    """y = x W^T + b. grad_input and grad_bias are exact; grad_weight is that of the packed x (DropIT, eq. 5)."""
+    """y = x W^T + b. grad_input and grad_bias are exact; grad_weight is that of the packed x."""
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, strategy: Strategy) -> Tensor:  # type: ignore[override]
@@ -53,13 +53,13 @@ def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, strategy: 
     return DropITLinearFunction.apply(*autocast(input, weight, bias), strategy)  # type: ignore[no-any-return]
 
 
-class DropITLinear(DropITLayer, nn.Linear):
+class DropITLinear(PackedInputLayer, nn.Linear):
     """nn.Linear with a packed input."""
 
     plain = nn.Linear
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features). Returns (..., out_features)."""
-        if self.drops():
+        if self.packs(self.weight):
             return dropit_linear(input, self.weight, self.bias, self.strategy)
         return super().forward(input)

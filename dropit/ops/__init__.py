@@ -1,5 +1,23 @@
 """What packing and unpacking are made of. ``reference`` is the specification, in plain PyTorch, on any device."""
 
-from dropit.ops.reference import magnitude, pack, topk_mask, unpack
+from dropit.ops.reference import (
+    magnitude,
+    pack,
+    pack_bits,
+    pack_small,
+    topk_mask,
+    unpack,
+    unpack_bits,
+    unpack_small,
+)
 
-__all__ = ["magnitude", "pack", "topk_mask", "unpack"]
+__all__ = [
+    "magnitude",
+    "pack",
+    "pack_bits",
+    "pack_small",
+    "topk_mask",
+    "unpack",
+    "unpack_bits",
+    "unpack_small",
+]

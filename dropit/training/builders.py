@@ -46,7 +46,14 @@ def convert(model: nn.Module, cfg: CfgNode) -> None:
         return not any(fnmatch(fqn, pattern) for pattern in skipped)
 
     try:
-        to_dropit(model, cfg.DROPIT.STRATEGY, cfg.DROPIT.GAMMA, filter_fn=wanted, **blocks)
+        to_dropit(
+            model,
+            cfg.DROPIT.STRATEGY,
+            cfg.DROPIT.GAMMA,
+            compress=cfg.DROPIT.COMPRESS,
+            filter_fn=wanted,
+            **blocks,
+        )
     except ValueError as error:
         raise ConfigError(f"MODEL.DROPIT with DROPIT.SKIP {skipped}: {error}") from error
 

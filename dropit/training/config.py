@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from dropit import STRATEGIES
+from dropit import COMPRESS, STRATEGIES
 from dropit.training.errors import ConfigError
 from dropit.training.models import ARCHS, STEMS
 
@@ -69,6 +69,8 @@ def defaults() -> CfgNode:
     cfg.DROPIT.GAMMA = 0.9
     # Elements in a block of fastmink
     cfg.DROPIT.D = 16384
+    # How layers without a weight keep what they keep: none (as PyTorch does) or lossless (ReLU as bits, ...)
+    cfg.DROPIT.COMPRESS = "lossless"
     # Names of layers to leave plain; * matches any part of a name
     cfg.DROPIT.SKIP = []
 
@@ -168,6 +170,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "MODEL.ARCH": ARCHS,
     "MODEL.STEM": STEMS,
     "DROPIT.STRATEGY": tuple(STRATEGIES),
+    "DROPIT.COMPRESS": COMPRESS,
     "SOLVER.SCHEDULE": ("multistep", "cosine"),
     "ACCELERATOR": ("auto", "gpu", "cpu"),
 }

@@ -52,7 +52,7 @@ def test_a_run_leaves_its_scalars_pages_and_checkpoints(config, capsys):
 
     cache, dense, ratio = (scalars(log, f"dropit/{tag}") for tag in ("cache_mb", "dense_mb", "cache_ratio"))
     assert len(ratio) == 3
-    assert ratio[0] == pytest.approx(cache[0] / dense[0]) == pytest.approx(0.71, abs=0.02)
+    assert ratio[0] == pytest.approx(cache[0] / dense[0]) == pytest.approx(0.66, abs=0.02)
     assert len(scalars(log, "val/acc1")) == 3 + 1  # each epoch, and the hparams row
     plugins = log.summary_metadata
     assert {"custom_scalars__config__"} <= plugins.keys()
@@ -62,9 +62,9 @@ def test_a_run_leaves_its_scalars_pages_and_checkpoints(config, capsys):
     assert "encoder.layers.encoder_layer_0.mlp.0.weight" in {key.removeprefix("model.") for key in best["state_dict"]}
     assert "GAMMA: 0.9" in best["config"]
     out = capsys.readouterr().out
-    assert "DropIT: fastmink, gamma 0.9: converted 10 of 18 layers" in out
+    assert "DropIT: fastmink, gamma 0.9: converted 27 of 27 layers" in out
     summary = {line.split()[0]: line for line in out.splitlines() if line}
-    assert f"{cache[-1]:.2f} MiB held for backward, {dense[-1]:.2f} plain (-29" in summary["cache"]
+    assert f"{cache[-1]:.2f} MiB held for backward, {dense[-1]:.2f} plain (-34" in summary["cache"]
     assert "ms per step" in summary["time"]
     assert summary["logs"].split()[1] == str(version)
     epochs = [line for line in out.splitlines() if line.startswith("epoch")]
@@ -134,7 +134,7 @@ BAD = {
     "unknown arch": (["MODEL.ARCH", "vit_tinny"], 2, "did you mean vit_tiny?"),
     "unknown data set": (["DATASET", "mnist"], 2, "DATASET must be one of digits, cifar100, imagenet"),
     "missing data": (["TRAIN.PATH", "no/such"], 1, "TRAIN.PATH no/such is not a directory: expected"),
-    "no layer converted": (["DROPIT.SKIP", "*"], 2, "converted 0 of 18"),
+    "no layer converted": (["DROPIT.SKIP", "*"], 2, "converted 0 of 14"),
     "too few GPUs": (["NUM_GPUS", "2", "ACCELERATOR", "gpu"], 1, "ACCELERATOR cpu runs on the CPU"),
     "nothing to resume": (["--resume"], 1, "no checkpoint last.ckpt below"),
     "nothing to evaluate": (["--mode", "eval"], 1, "no checkpoint best.ckpt below"),

@@ -1,0 +1,56 @@
+"""nn.Dropout that keeps its mask at one bit per element; the random numbers and the gradients are PyTorch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from dropit import ops
+from dropit.layers.layer import LosslessLayer
+from dropit.packed import flatten, unflatten
+
+
+class DropITDropoutFunction(Function):
+    """y = x * mask / (1 - p)."""
+
+    @staticmethod
+    def forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The output, and the mask (bool) that PyTorch would have drawn."""
+        if input.is_cuda:
+            return torch.native_dropout(input, p, True)
+        noise = torch.empty_like(input).bernoulli_(1 - p)
+        return input * noise.div(1 - p), noise.to(torch.bool)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save the mask's bits."""
+        input, p = inputs
+        mask = output[1]
+        ctx.mark_non_differentiable(mask)
+        # The factor as PyTorch rounds it: in the tensor's precision on the CPU, in double on a GPU.
+        ctx.scale = 1 / (1 - p) if input.is_cuda else input.new_ones(()).div(1 - p)
+        flat, ctx.layout = flatten(mask)
+        ctx.save_for_backward(ops.pack_bits(flat))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """The gradient through the kept elements."""
+        (bits,) = ctx.saved_tensors
+        mask = unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
+        return grad_output * (mask * ctx.scale), None
+
+
+class DropITDropout(LosslessLayer, nn.Dropout):
+    """nn.Dropout that keeps a bit per element."""
+
+    plain = nn.Dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: any shape."""
+        if not self.packs(input) or self.inplace or not 0 < self.p < 1:
+            return super().forward(input)
+        output, _ = DropITDropoutFunction.apply(input, self.p)
+        return output  # type: ignore[no-any-return]

@@ -1,0 +1,145 @@
+"""Max-pooling that keeps, of its input and indices, only which element of each window was largest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from dropit import ops
+from dropit.layers.layer import LosslessLayer
+from dropit.packed import flatten, unflatten
+
+_FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
+_BACKWARD = {2: torch.ops.aten.max_pool2d_with_indices_backward, 3: torch.ops.aten.max_pool3d_with_indices_backward}
+
+
+class Windows(NamedTuple):
+    """Where the windows lie, in the order of PyTorch's pooling functions."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    ceil_mode: bool
+
+
+class DropITMaxPoolFunction(Function):
+    """The largest of each window. Saves its offset in the window, in the fewest of 1, 2, 4 or 8 bits that hold it."""
+
+    @staticmethod
+    def forward(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """The output, and int64 indices into the input's spatial dimensions."""
+        output, indices = _FORWARD[len(windows.kernel_size)](input, *windows)
+        return output, indices
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Save the offsets."""
+        input, ctx.windows = inputs
+        indices = output[1]
+        ctx.mark_non_differentiable(indices)
+        ctx.input_shape = input.shape
+        ctx.channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        offsets = window_offsets(indices, input.shape, ctx.windows)
+        flat, ctx.layout = flatten(offsets)
+        ctx.save_for_backward(ops.pack_small(flat, _size(ctx.windows)))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Each window's gradient, at its largest element."""
+        (stored,) = ctx.saved_tensors
+        offsets = ops.unpack_small(stored, _size(ctx.windows), ctx.layout.numel)
+        indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        # Only the shape and the layout of the input are looked at.
+        like = torch.empty(ctx.input_shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
+        return _BACKWARD[len(ctx.windows.kernel_size)](grad_output, like, *ctx.windows, indices), None
+
+
+def window_offsets(indices: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
+    """Indices into the input's spatial dimensions (int64) as offsets in each window (uint8), row by row."""
+    offsets, rest = torch.zeros_like(indices), indices
+    factor = 1
+    for dim in reversed(range(len(windows.kernel_size))):
+        size = input_shape[dim - len(windows.kernel_size)]
+        place = rest % size - _window_starts(indices, dim, windows)
+        offsets = offsets + place.div(windows.dilation[dim], rounding_mode="floor") * factor
+        rest = rest.div(size, rounding_mode="floor")
+        factor *= windows.kernel_size[dim]
+    return offsets.to(torch.uint8)
+
+
+def input_indices(offsets: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
+    """Undo :func:`window_offsets`: int64."""
+    rest = offsets.to(torch.int64)
+    indices = torch.zeros_like(rest)
+    factor = 1
+    for dim in reversed(range(len(windows.kernel_size))):
+        place = _window_starts(offsets, dim, windows) + rest % windows.kernel_size[dim] * windows.dilation[dim]
+        indices = indices + place * factor
+        rest = rest.div(windows.kernel_size[dim], rounding_mode="floor")
+        factor *= input_shape[dim - len(windows.kernel_size)]
+    return indices
+
+
+def _window_starts(like: Tensor, dim: int, windows: Windows) -> Tensor:
+    """Where the windows begin along one spatial dimension, shaped to broadcast over ``like``'s."""
+    trailing = len(windows.kernel_size) - dim
+    count = like.shape[-trailing]
+    starts = torch.arange(count, device=like.device) * windows.stride[dim] - windows.padding[dim]
+    return starts.view(count, *[1] * (trailing - 1))
+
+
+def _size(windows: Windows) -> int:
+    size = 1
+    for length in windows.kernel_size:
+        size *= length
+    return size
+
+
+class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
+    dimensions: int
+
+    def forward(self, input: Tensor) -> Any:
+        """input: (N, C, *spatial) or (C, *spatial)."""
+        windows = self._windows()
+        if not self.packs(input) or self.return_indices or _size(windows) > 256:
+            return super().forward(input)  # type: ignore[misc]
+        if self.dimensions > 1:
+            return DropITMaxPoolFunction.apply(input, windows)[0]
+        # One dimension is two, as PyTorch has it.
+        flat = Windows((1, *windows[0]), (1, *windows[1]), (0, *windows[2]), (1, *windows[3]), self.ceil_mode)
+        return DropITMaxPoolFunction.apply(input.unsqueeze(-2), flat)[0].squeeze(-2)
+
+    def _windows(self) -> Windows:
+        each = self._each
+        sizes = each(self.kernel_size), each(self.stride), each(self.padding), each(self.dilation)
+        return Windows(*sizes, self.ceil_mode)
+
+    def _each(self, size: int | tuple[int, ...]) -> tuple[int, ...]:
+        return (size,) * self.dimensions if isinstance(size, int) else tuple(size)
+
+
+class DropITMaxPool1d(_DropITMaxPool, nn.MaxPool1d):
+    """nn.MaxPool1d that keeps an offset per window."""
+
+    plain = nn.MaxPool1d
+    dimensions = 1
+
+
+class DropITMaxPool2d(_DropITMaxPool, nn.MaxPool2d):
+    """nn.MaxPool2d that keeps an offset per window."""
+
+    plain = nn.MaxPool2d
+    dimensions = 2
+
+
+class DropITMaxPool3d(_DropITMaxPool, nn.MaxPool3d):
+    """nn.MaxPool3d that keeps an offset per window."""
+
+    plain = nn.MaxPool3d
+    dimensions = 3

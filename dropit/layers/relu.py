@@ -1,0 +1,95 @@
+"""Activations that are linear in pieces: one bit per element says which piece, and the gradients are exact."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from dropit import ops
+from dropit.layers.layer import LosslessLayer
+from dropit.packed import flatten, unflatten
+
+
+class DropITReLUFunction(Function):
+    """y = x between ``lower`` and ``upper``; outside, a constant, or slope * x. Saves a bit per element, not y."""
+
+    @staticmethod
+    def forward(input: Tensor, lower: float, upper: float, slope: float, inplace: bool) -> Tensor:  # type: ignore[override]
+        """The plain forward."""
+        if slope:
+            output = F.leaky_relu(input, slope, inplace)
+        elif upper == math.inf:
+            output = F.relu(input, inplace)
+        else:
+            output = F.hardtanh(input, lower, upper, inplace)
+        return input if inplace else output
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save where the gradient passes. The output tells as well as the input: y <= lower where x is."""
+        input, lower, upper, ctx.slope, inplace = inputs
+        if inplace:
+            ctx.mark_dirty(input)
+        # The gradient of NaN passes, as PyTorch has it but for hardtanh, where it depends on the place in the tensor,
+        # and for a leaky ReLU.
+        passes = output > 0 if ctx.slope else ~(output <= lower)
+        if upper < math.inf:
+            passes &= ~(output >= upper)
+        flat, ctx.layout = flatten(passes)
+        ctx.save_for_backward(ops.pack_bits(flat))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """grad_output where it passes, slope * grad_output elsewhere."""
+        (bits,) = ctx.saved_tensors
+        passes = unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
+        grad_input = torch.where(passes, grad_output, grad_output * ctx.slope if ctx.slope else 0)
+        return grad_input, None, None, None, None
+
+
+class DropITReLU(LosslessLayer, nn.ReLU):
+    """nn.ReLU that keeps a bit per element."""
+
+    plain = nn.ReLU
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: any shape."""
+        if not self.packs(input):
+            return super().forward(input)
+        return DropITReLUFunction.apply(input, 0.0, math.inf, 0.0, self.inplace)  # type: ignore[no-any-return]
+
+
+class DropITHardtanh(LosslessLayer, nn.Hardtanh):
+    """nn.Hardtanh that keeps a bit per element."""
+
+    plain = nn.Hardtanh
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: any shape."""
+        if not self.packs(input):
+            return super().forward(input)
+        return DropITReLUFunction.apply(input, self.min_val, self.max_val, 0.0, self.inplace)  # type: ignore[no-any-return]
+
+
+class DropITReLU6(DropITHardtanh, nn.ReLU6):
+    """nn.ReLU6, a Hardtanh from 0 to 6, that keeps a bit per element."""
+
+    plain = nn.ReLU6  # type: ignore[assignment]
+
+
+class DropITLeakyReLU(LosslessLayer, nn.LeakyReLU):
+    """nn.LeakyReLU that keeps a bit per element, if its slope is above zero: then the output has the input's sign."""
+
+    plain = nn.LeakyReLU
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: any shape."""
+        if not self.packs(input) or self.negative_slope <= 0:
+            return super().forward(input)
+        slope = self.negative_slope
+        return DropITReLUFunction.apply(input, 0.0, math.inf, slope, self.inplace)  # type: ignore[no-any-return]

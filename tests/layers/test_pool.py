@@ -1,0 +1,77 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dropit
+from dropit.layers import SWAPS
+
+POOLS = [
+    nn.MaxPool1d(3),
+    nn.MaxPool1d(2, stride=1, padding=1),
+    nn.MaxPool2d(2),
+    nn.MaxPool2d(3, stride=2, padding=1),
+    nn.MaxPool2d((3, 2), stride=(2, 1), padding=(1, 0), dilation=(2, 3)),
+    nn.MaxPool2d(3, stride=2, ceil_mode=True),
+    nn.MaxPool2d(16, stride=4, padding=7),
+    nn.MaxPool3d(2),
+    nn.MaxPool3d((2, 3, 1), stride=(1, 2, 1), padding=(1, 1, 0), dilation=(1, 1, 2), ceil_mode=True),
+]
+SIZES = {1: (17,), 2: (17, 14), 3: (7, 9, 8)}
+
+
+def swapped(plain):
+    ours = copy.deepcopy(plain)
+    ours.__class__ = SWAPS[type(plain)]
+    return ours
+
+
+@pytest.mark.parametrize("batched", [True, False], ids=["batched", "unbatched"])
+@pytest.mark.parametrize("plain", POOLS, ids=str)
+def test_outputs_and_gradients_are_pytorchs_bit_for_bit(plain, batched):
+    ours = swapped(plain)
+    shape = (2, 3) if batched else (3,)
+    for x in (torch.randn(*shape, *SIZES[ours.dimensions]), torch.zeros(*shape, *SIZES[ours.dimensions])):
+        x[..., 0] = float("nan")
+        x.requires_grad_()
+        y, exact = ours(x), plain(x)
+        torch.testing.assert_close(y, exact, rtol=0, atol=0, equal_nan=True)
+        grad_output = torch.randn_like(y)
+        (grad,), (exact_grad,) = (torch.autograd.grad(out, x, grad_output) for out in (y, exact))
+        assert torch.equal(grad, exact_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_last(dtype):
+    plain = nn.MaxPool2d(3, stride=2, padding=1)
+    x = torch.randn(2, 8, 17, 14).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+    y, exact = swapped(plain)(x), plain(x)
+    assert torch.equal(y, exact)
+    assert y.stride() == exact.stride()
+    grad_output = torch.randn_like(y)
+    (grad,), (exact_grad,) = (torch.autograd.grad(out, x, grad_output) for out in (y, exact))
+    assert torch.equal(grad, exact_grad)
+    assert grad.stride() == exact_grad.stride()
+
+
+@pytest.mark.parametrize(("kernel", "bits"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (16, 8)])
+def test_the_offsets_take_the_fewest_bits(kernel, bits):
+    pool = swapped(nn.MaxPool2d(kernel))
+    x = torch.randn(2, 8, 32, 32).requires_grad_()
+    with dropit.CacheMeter(pool) as meter:
+        y = pool(x * 1)
+    assert meter.total_bytes == -(-y.numel() * bits // 8)
+
+
+def test_a_window_too_large_for_a_byte_stays_as_it_is():
+    pool = swapped(nn.MaxPool2d(17))
+    x = torch.randn(1, 1, 17, 17).requires_grad_()
+    (grad,) = torch.autograd.grad(pool(x).sum(), x)
+    assert grad.sum() == 1
+
+
+def test_returned_indices_are_pytorchs():
+    plain = nn.MaxPool2d(2, return_indices=True)
+    x = torch.randn(1, 2, 6, 6).requires_grad_()
+    assert all(map(torch.equal, swapped(plain)(x), plain(x)))
