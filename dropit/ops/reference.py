@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dropit.packed import Layout, Packed, unflatten
+from dropit.packed import OFFSET_BLOCK, Layout, Packed, bits_nbytes, offsets_nbytes, unflatten
 
 _INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Multiplying eight bytes of 0 or 1 by this gathers them, first byte lowest, in the product's top byte.
@@ -51,22 +51,46 @@ def _first_of_equals(score: Tensor, threshold: Tensor, k: int) -> Tensor:
 
 def pack(flat: Tensor, mask: Tensor, count: int, layout: Layout) -> Packed:
     """Keep the ``count`` elements of ``flat`` (n,) that ``mask`` (n,) bool marks."""
-    if torch.compiler.is_compiling() or flat.is_meta:
-        values = flat[torch.nonzero_static(mask, size=count).squeeze(1)]  # the shape is known beforehand; 3.0 ns
-    else:
-        values = flat[mask]  # 2.2 ns; masked_select takes 16
-    return Packed(values, pack_bits(mask), layout)
+    n = flat.numel()
+    kept = _nonzero(mask, count)
+    offsets = offsets_nbytes(n, count) < bits_nbytes(n)
+    return Packed(flat[kept], _pack_offsets(mask, kept) if offsets else pack_bits(mask), layout)
 
 
 def unpack(packed: Packed) -> Tensor:
     """The dense tensor: kept elements at their positions, zeros elsewhere; the order in memory is the original's."""
     if packed.positions is None:
         return packed.values
-    n = packed.layout.numel
+    n, count = packed.layout.numel, packed.values.numel()
     dense = packed.values.new_zeros(n)
-    # 1.8 ns; index_put by the mask takes 2.8.
-    dense.masked_scatter_(unpack_bits(packed.positions, n), packed.values)
+    if packed.positions.numel() != bits_nbytes(n):
+        dense.scatter_(0, _unpack_offsets(packed.positions, n, count), packed.values)  # 0.45 ns
+    else:
+        # 1.8 ns; index_put by the mask takes 2.8.
+        dense.masked_scatter_(unpack_bits(packed.positions, n), packed.values)
     return unflatten(dense, packed.layout)
+
+
+def _nonzero(mask: Tensor, count: int) -> Tensor:
+    """Where (n,) bool is set: (count,) int64. 1.8 ns; indexing by the mask would look for it again."""
+    if torch.compiler.is_compiling() or mask.is_meta:
+        return torch.nonzero_static(mask, size=count).squeeze(1)  # 3.0 ns, but a shape known beforehand
+    return mask.nonzero().squeeze(1)
+
+
+def _pack_offsets(mask: Tensor, kept: Tensor) -> Tensor:
+    """Counts of each block of 256 as int16, then offsets: (2 b + k,) uint8."""
+    padded = torch.nn.functional.pad(mask, (0, -mask.numel() % OFFSET_BLOCK))
+    counts = padded.view(-1, OFFSET_BLOCK).sum(dim=1, dtype=torch.int16)
+    return torch.cat([counts.view(torch.uint8), (kept % OFFSET_BLOCK).to(torch.uint8)])
+
+
+def _unpack_offsets(positions: Tensor, n: int, count: int) -> Tensor:
+    """(2 b + k,) uint8 -> the kept elements' places, (k,) int64."""
+    blocks = -(-n // OFFSET_BLOCK)
+    counts = positions[: 2 * blocks].view(torch.int16).to(torch.int64)
+    starts = torch.arange(0, blocks * OFFSET_BLOCK, OFFSET_BLOCK, device=positions.device)
+    return starts.repeat_interleave(counts, output_size=count) + positions[2 * blocks :]
 
 
 def pack_bits(mask: Tensor) -> Tensor:

@@ -65,3 +65,43 @@ def test_nan_and_inf_survive():
     dense = ops.unpack(ops.pack(x, mask, int(mask.sum()), layout))
     assert dense.isnan().tolist() == [False, True, False, False]
     assert dense[3] == -float("inf")
+
+
+@pytest.mark.parametrize("n", [1, 255, 256, 257, 5000, 70_000])
+def test_positions_take_the_smaller_of_bits_and_offsets(n):
+    for count in sorted({1, n // 50, n // 10, n // 8, n // 3} - {0}):
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[torch.randperm(n)[:count]] = True
+        x, layout = flatten(torch.randn(n))
+        packed = ops.pack(x, mask, count, layout)
+        bits, offsets = -(-n // 8), 2 * -(-n // 256) + count
+        assert packed.positions.numel() == min(bits, offsets)
+        assert torch.equal(ops.unpack(packed), torch.where(mask, x, 0))
+
+
+def test_offsets_by_hand():
+    mask = torch.zeros(600, dtype=torch.bool)
+    mask[[3, 255, 256, 599]] = True
+    x, layout = flatten(torch.arange(600.0))
+    packed = ops.pack(x, mask, 4, layout)
+    assert packed.values.tolist() == [3, 255, 256, 599]
+    assert packed.positions.tolist() == [2, 0, 1, 0, 1, 0, 3, 255, 0, 87]
+
+
+def test_a_whole_block_may_be_kept_where_others_are_empty():
+    mask = torch.zeros(256 * 40, dtype=torch.bool)
+    mask[256 * 7 : 256 * 8] = True
+    x, layout = flatten(torch.randn(256 * 40))
+    packed = ops.pack(x, mask, 256, layout)
+    assert packed.positions.numel() == 80 + 256
+    assert torch.equal(ops.unpack(packed), torch.where(mask, x, 0))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 4, 9, 16, 17, 256])
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100])
+def test_small_numbers_come_back_from_the_fewest_bits(limit, n):
+    numbers = torch.randint(limit, (n,), dtype=torch.uint8)
+    stored = ops.pack_small(numbers, limit)
+    bits = next(bits for bits in (1, 2, 4, 8) if limit <= 2**bits)
+    assert stored.numel() == -(-n * bits // 8)
+    assert torch.equal(ops.unpack_small(stored, limit, n), numbers)
