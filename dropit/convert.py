@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dropit.layers import SWAPS, DropITLayer, PackedInputLayer
+from dropit.packer import Packer
 from dropit.strategies import make_strategy
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
@@ -42,7 +43,7 @@ def to_dropit(
     """
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
-    chosen = make_strategy(strategy, gamma, block_size=block_size, seed=seed)
+    packer = Packer(make_strategy(strategy, gamma, block_size=block_size, seed=seed))
     targets = [
         (module, SWAPS[_plain_type(module)])
         for fqn, module in model.named_modules()
@@ -53,7 +54,7 @@ def to_dropit(
     for module, swap in targets:
         if issubclass(swap, PackedInputLayer):
             module.__class__ = swap  # type: ignore[assignment]
-            module.strategy = chosen  # type: ignore[assignment]
+            module.packer = packer  # type: ignore[assignment]
         elif compress == "lossless":
             module.__class__ = swap  # type: ignore[assignment]
         else:
@@ -71,7 +72,7 @@ def from_dropit(model: nn.Module) -> nn.Module:
 def _restore(module: nn.Module) -> None:
     if isinstance(module, DropITLayer):
         if isinstance(module, PackedInputLayer):
-            del module.strategy
+            del module.packer
         module.__class__ = module.plain  # type: ignore[assignment]
 
 

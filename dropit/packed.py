@@ -49,8 +49,8 @@ class Packed(NamedTuple):
 
 
 def keep_dense(x: Tensor) -> Packed:
-    """Keep ``x`` whole, by reference."""
-    return Packed(x, None, Layout(x.shape, tuple(range(x.dim()))))
+    """Keep ``x`` whole, by reference; a later change in place is noticed by autograd, as for ``x`` itself."""
+    return Packed(x.detach(), None, Layout(x.shape, tuple(range(x.dim()))))
 
 
 def packed_nbytes(n: int, kept: int, itemsize: int) -> int:

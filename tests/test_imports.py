@@ -13,8 +13,9 @@ MAY_IMPORT = {
     "dropit.packed": set(),
     "dropit.ops": {"dropit.packed"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
-    "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies"},
-    "dropit.convert": {"dropit.layers", "dropit.strategies"},
+    "dropit.packer": {"dropit.packed", "dropit.strategies"},
+    "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.packer"},
+    "dropit.convert": {"dropit.layers", "dropit.strategies", "dropit.packer"},
     "dropit.memory": set(),
     "dropit": {"dropit.convert", "dropit.memory", "dropit.strategies"},
 }

@@ -67,7 +67,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         return output.transpose(0, 1) if self.batch_first else output, weights_out
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return dropit_linear(input, weight, bias, self.strategy)
+        return dropit_linear(input, weight, bias, self.packer)
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""

@@ -11,8 +11,9 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dropit import ops
-from dropit.layers.layer import PackedInputLayer, autocast, save_for_backward, saved_tensors
-from dropit.strategies import Strategy
+from dropit.layers.layer import PackedInputLayer, autocast
+from dropit.packed import Layout, Packed
+from dropit.packer import Packer
 
 
 class Geometry(NamedTuple):
@@ -31,39 +32,44 @@ class DropITConvFunction(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, strategy: Strategy
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        geometry: Geometry,
+        values: Tensor | None,
+        positions: Tensor | None,
+        layout: Layout | None,
     ) -> Tensor:
-        """The plain forward."""
+        """The plain forward; values, positions and layout are the packed input, if grad_weight is wanted."""
         return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the weight, and the packed input if grad_weight is wanted."""
-        input, weight, _, geometry, strategy = inputs
-        packed = strategy.pack(input) if ctx.needs_input_grad[1] else None
-        ctx.geometry, ctx.input_shape = geometry, input.shape
-        save_for_backward(ctx, packed, weight)
+        """Save the weight and the packed input."""
+        input, weight, _, ctx.geometry, values, positions, ctx.layout = inputs
+        ctx.input_shape = input.shape
+        ctx.save_for_backward(weight, values, positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
-        packed, weight = saved_tensors(ctx)
+        weight, values, positions = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         shape_only = grad_output.new_zeros(()).expand(ctx.input_shape)  # all that grad_input asks of the input
-        input = ops.unpack(packed) if wanted[1] else shape_only
+        input = ops.unpack(Packed(values, positions, ctx.layout)) if wanted[1] else shape_only
         bias_shape = [grad_output.shape[1]]
         grads = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *ctx.geometry, wanted)
-        return *grads, None, None
+        return *grads, None, None, None, None
 
 
-def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, strategy: Strategy) -> Tensor:
-    """``torch.convolution`` that keeps for backward only what ``strategy`` keeps of ``input`` ([N,] in, *spatial)."""
-    input, weight, bias = autocast(input, weight, bias)  # type: ignore[assignment]
+def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
+    """``torch.convolution`` that keeps for backward only what ``packer`` makes of ``input`` ([N,] in, *spatial)."""
     if input.dim() < weight.dim():
-        output = DropITConvFunction.apply(input.unsqueeze(0), weight, bias, geometry, strategy)
-        return output.squeeze(0)  # type: ignore[no-any-return]
-    return DropITConvFunction.apply(input, weight, bias, geometry, strategy)  # type: ignore[no-any-return]
+        return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
+    x, w, b = autocast(input, weight, bias)
+    packed = packer.pack(x, input) if weight.requires_grad else (None, None, None)
+    return DropITConvFunction.apply(x, w, b, geometry, *packed)  # type: ignore[no-any-return]
 
 
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
@@ -74,7 +80,7 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
         padded, padding = self._pad(input)
         none = (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
-        return dropit_conv(padded, self.weight, self.bias, geometry, self.strategy)
+        return dropit_conv(padded, self.weight, self.bias, geometry, self.packer)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same')."""
@@ -104,7 +110,7 @@ class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
             list(self.dilation),
         )
         geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)  # type: ignore[arg-type]
-        return dropit_conv(input, self.weight, self.bias, geometry, self.strategy)
+        return dropit_conv(input, self.weight, self.bias, geometry, self.packer)
 
 
 class DropITConv1d(_DropITConv, nn.Conv1d):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dropit.packed import Packed
+from dropit.packer import Packer
 from dropit.strategies import Strategy
 
 
@@ -23,7 +23,12 @@ class DropITLayer(nn.Module):
 class PackedInputLayer(DropITLayer):
     """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
 
-    strategy: Strategy
+    packer: Packer
+
+    @property
+    def strategy(self) -> Strategy:
+        """What of the input is kept."""
+        return self.packer.strategy
 
     def packs(self, weight: Tensor) -> bool:
         """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
@@ -42,20 +47,7 @@ class LosslessLayer(DropITLayer):
         return self.training and torch.is_grad_enabled() and input.requires_grad
 
 
-def save_for_backward(ctx: Any, packed: Packed | None, *tensors: Tensor | None) -> None:
-    """Save a packed input (None where it is not needed) and other tensors, all through autograd."""
-    values, positions, ctx.layout = packed or (None, None, None)
-    ctx.save_for_backward(values, positions, *tensors)
-
-
-def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """What :func:`save_for_backward` saved, in the same order; the packed input still packed."""
-    values, positions, *tensors = ctx.saved_tensors
-    packed = None if values is None else Packed(values, positions, ctx.layout)
-    return packed, *tensors
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast would make of the arguments of a Linear or Conv, done where autograd still sees it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):

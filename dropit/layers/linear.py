@@ -10,47 +10,55 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from dropit import ops
-from dropit.layers.layer import PackedInputLayer, autocast, save_for_backward, saved_tensors
-from dropit.strategies import Strategy
+from dropit.layers.layer import PackedInputLayer, autocast
+from dropit.packed import Layout, Packed
+from dropit.packer import Packer
 
 
 class DropITLinearFunction(Function):
     """y = x W^T + b. grad_input and grad_bias are exact; grad_weight is that of the packed x."""
 
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, strategy: Strategy) -> Tensor:  # type: ignore[override]
-        """The plain forward."""
+    def forward(  # type: ignore[override]
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Tensor | None,
+        positions: Tensor | None,
+        layout: Layout | None,
+    ) -> Tensor:
+        """The plain forward; values, positions and layout are the packed input, if grad_weight is wanted."""
         return F.linear(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the packed input if grad_weight is wanted, the weight if grad_input is."""
-        input, weight, _, strategy = inputs
-        needs_input, needs_weight, *_ = ctx.needs_input_grad
-        packed = strategy.pack(input) if needs_weight else None
-        save_for_backward(ctx, packed, weight if needs_input else None)
+        """Save the packed input, and the weight if grad_input is wanted."""
+        _, weight, _, values, positions, ctx.layout = inputs
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, values, positions)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., out). Returns grad_input (..., in), grad_weight (out, in), grad_bias (out,)."""
-        packed, weight = saved_tensors(ctx)
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        weight, values, positions = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])  # (samples, out)
         if needs_input:
             grad_input = grad_output @ weight
         if needs_weight:
-            input = ops.unpack(packed)
+            input = ops.unpack(Packed(values, positions, ctx.layout))
             grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
         if needs_bias:
             grad_bias = rows.sum(dim=0)
-        return grad_input, grad_weight, grad_bias, None
+        return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, strategy: Strategy) -> Tensor:
-    """``F.linear`` that keeps for backward only what ``strategy`` keeps of ``input`` (..., in)."""
-    return DropITLinearFunction.apply(*autocast(input, weight, bias), strategy)  # type: ignore[no-any-return]
+def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packer: Packer) -> Tensor:
+    """``F.linear`` that keeps for backward only what ``packer`` makes of ``input`` (..., in)."""
+    x, w, b = autocast(input, weight, bias)
+    packed = packer.pack(x, input) if weight.requires_grad else (None, None, None)
+    return DropITLinearFunction.apply(x, w, b, *packed)  # type: ignore[no-any-return]
 
 
 class DropITLinear(PackedInputLayer, nn.Linear):
@@ -61,5 +69,5 @@ class DropITLinear(PackedInputLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features). Returns (..., out_features)."""
         if self.packs(self.weight):
-            return dropit_linear(input, self.weight, self.bias, self.strategy)
+            return dropit_linear(input, self.weight, self.bias, self.packer)
         return super().forward(input)

@@ -1,0 +1,49 @@
+"""Packer: packs each input once, however many layers read it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dropit.packed import Packed
+from dropit.strategies import Strategy
+
+
+class _Entry(NamedTuple):
+    version: int
+    dtype: torch.dtype
+    packed: Packed
+
+
+class Packer:
+    """A strategy, and what it made of the tensors that are alive.
+
+    The layers of a model share one. Queries, keys and values projected from one tensor, or a residual block's first
+    convolution and its shortcut, then save one packed copy of it. A tensor that was changed in place since is another.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+        self._known: Any = WeakTensorKeyDictionary()  # entries die with their tensor
+
+    def pack(self, x: Tensor, source: Tensor) -> Packed:
+        """Pack ``x``, which is ``source`` or what autocast made of it."""
+        if torch.compiler.is_compiling() or source.is_inference():
+            return self.strategy.pack(x)  # a compiler merges equal computations by itself
+        entry: _Entry | None = self._known.get(source)
+        if entry is None or (entry.version, entry.dtype) != (source._version, x.dtype):
+            entry = _Entry(source._version, x.dtype, self.strategy.pack(x))
+            self._known[source] = entry
+        return entry.packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"strategy": self.strategy}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        return repr(self.strategy)

@@ -1,0 +1,121 @@
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import dropit
+from dropit.packer import Packer
+from dropit.strategies import FastMinK, MinK
+from tests.layers.cases import masked
+
+
+class Projections(nn.Module):
+    """Queries, keys and values as three Linears of one input, as Hugging Face's ViT has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(64, 32), nn.Linear(64, 32), nn.Linear(64, 32)
+
+    def forward(self, x):
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+def test_a_tensor_read_by_three_layers_is_held_once():
+    model = dropit.to_dropit(Projections())
+    x = torch.randn(40, 64)
+    with dropit.CacheMeter(model) as meter:
+        y = model(x)
+    assert meter.total_bytes == model.q.strategy.pack(x).nbytes
+    y.sum().backward()
+    expected = torch.ones(32, 40) @ masked(model.q.strategy, x)
+    for layer in (model.q, model.k, model.v):
+        torch.testing.assert_close(layer.weight.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast_too(dtype):
+    model = dropit.to_dropit(Projections())
+    x = torch.randn(40, 64)
+    with torch.autocast("cpu", dtype), dropit.CacheMeter(model) as meter:
+        y = model(x)
+    assert meter.total_bytes == model.q.strategy.pack(x.to(dtype)).nbytes
+    del y
+
+
+def test_a_change_in_place_between_two_readers_is_noticed():
+    model = dropit.to_dropit(Projections(), "mink", 0.9)
+    x = torch.randn(40, 64)
+    first = model.q(x)
+    before = x.clone()
+    x.neg_().add_(1)
+    second = model.k(x)
+    (first + second).sum().backward()
+    for layer, seen in ((model.q, before), (model.k, x)):
+        expected = torch.ones(32, 40) @ masked(layer.strategy, seen)
+        torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_a_repeated_layer_packs_its_input_each_time_it_is_another():
+    linear = dropit.to_dropit(nn.Linear(32, 32), "mink", 0.5)
+    x = torch.randn(20, 32)
+    hidden = linear(x)
+    linear(hidden).sum().backward()
+    ones = torch.ones(20, 32)
+    expected = ones.T @ masked(linear.strategy, hidden) + (ones @ linear.weight).T @ masked(linear.strategy, x)
+    torch.testing.assert_close(linear.weight.grad, expected)
+
+
+def test_what_was_packed_dies_with_its_tensor():
+    packer = Packer(MinK(0.9))
+    x = torch.randn(100)
+    values = weakref.ref(packer.pack(x, x).values)
+    assert packer.pack(x, x).values is values()
+    del x
+    assert values() is None
+
+
+def test_nothing_grows_over_a_thousand_steps():
+    model = dropit.to_dropit(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4)))
+    packer = model[0].packer
+
+    def step(number):
+        y = model(torch.randn(8, 16))
+        if number % 3 == 0:
+            return  # the graph is dropped without a backward
+        if number % 3 == 1:
+            with pytest.raises(RuntimeError, match="shape"):
+                y.backward(torch.ones(3, 3))
+            return
+        y.sum().backward()
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    for number in range(10):
+        step(number)
+    before = tensors()
+    for number in range(1000):
+        step(number)
+    assert tensors() <= before
+    assert len(packer._known) == 0
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "pickle"])
+def test_a_copy_has_the_strategy_and_a_memory_of_its_own(duplicate):
+    packer = Packer(FastMinK(0.8))
+    x = torch.randn(100)
+    packed = packer.pack(x, x)
+    other = duplicate(packer)
+    assert other.strategy == packer.strategy
+    assert other.pack(x, x).values is not packed.values
+    assert repr(other) == "FastMinK(gamma=0.8, block_size=16384)"
+
+
+def test_the_layers_of_a_copied_model_still_share():
+    model = copy.deepcopy(dropit.to_dropit(Projections()))
+    assert model.q.packer is model.k.packer is model.v.packer
