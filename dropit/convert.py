@@ -26,6 +26,7 @@ def to_dropit(
     gamma: float = 0.9,
     *,
     block_size: int | None = None,
+    per_sample: bool | None = None,
     compress: str = "lossless",
     filter_fn: Filter | None = None,
     seed: int | None = None,
@@ -34,16 +35,19 @@ def to_dropit(
 
     strategy: a name in ``dropit.STRATEGIES``. gamma: the fraction of the elements that is dropped, in [0, 1).
     block_size: elements in one block of "fastmink" (16384 if None).
+    per_sample: choose among the elements of each sample ("fastmink", "mink", "random"), so that a large one cannot empty
+    the others.
     compress: how layers without a weight keep what they keep: "none", as PyTorch does, or "lossless", with the same
     gradients bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go.
-    filter_fn(module, fqn): which layers to convert. seed: for "random", its own random numbers instead of PyTorch's.
+    filter_fn(module, fqn): which layers to convert.
+    seed: for "random" and "random_c", their own random numbers instead of PyTorch's.
 
     Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
     arguments. Raises ValueError where an argument is out of range or no layer with a weight could be converted.
     """
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
-    packer = Packer(make_strategy(strategy, gamma, block_size=block_size, seed=seed))
+    packer = Packer(make_strategy(strategy, gamma, block_size=block_size, per_sample=per_sample, seed=seed))
     targets = [
         (module, SWAPS[_plain_type(module)])
         for fqn, module in model.named_modules()

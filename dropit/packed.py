@@ -15,6 +15,7 @@ class Layout(NamedTuple):
 
     shape: Size
     order: tuple[int, ...]  # dimensions, outermost in memory first; (0, 2, 3, 1) is channels_last
+    channel_dim: int | None = None  # where whole channels are kept, instead of elements
 
     @property
     def numel(self) -> int:
@@ -30,6 +31,9 @@ class Packed(NamedTuple):
     - bits, (ceil(n / 8),): element 8 i + j of the dense tensor in bit j of byte i, set where the element is kept;
     - offsets, (2 b + k,): of each of the b = ceil(n / 256) blocks of 256 elements how many are kept (int16), then of
       each kept element its place in its block. Smaller where less than 1/8 - 1/128 of the elements is kept.
+
+    Where whole channels are kept, ``values`` has the tensor's shape but for k channels, and ``positions`` a bit
+    per channel.
     """
 
     values: Tensor
@@ -58,6 +62,12 @@ def packed_nbytes(n: int, kept: int, itemsize: int) -> int:
     return kept * itemsize + min(bits_nbytes(n), offsets_nbytes(n, kept))
 
 
+def channels_nbytes(x: Tensor, channel_dim: int, kept: int) -> int:
+    """Bytes that ``kept`` channels of ``x`` take when packed."""
+    channels = x.shape[channel_dim]
+    return x.numel() // channels * kept * x.element_size() + bits_nbytes(channels)
+
+
 def bits_nbytes(n: int) -> int:
     """Bytes of positions encoded as bits."""
     return -(-n // 8)
@@ -76,12 +86,18 @@ def dense_nbytes(x: Tensor) -> int:
     return nbytes
 
 
-def flatten(x: Tensor) -> tuple[Tensor, Layout]:
-    """``x`` as (n,) in memory order, a view wherever ``x`` has neither gaps nor overlaps, and how to undo it."""
-    order = _memory_order(x)
+def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
+    """``x`` as (n,) in memory order, a view wherever ``x`` has neither gaps nor overlaps, and how to undo it.
+
+    With ``outermost``, that dimension comes first, whether it does in memory or not.
+    """
+    order = memory_order(x)
+    if outermost is not None:
+        order = (outermost, *(dim for dim in order if dim != outermost))
+        return x.permute(order).reshape(-1), Layout(x.shape, order)
     if not x.permute(order).is_contiguous():
         x = x.clone()  # dense, with the dimensions in the same order in memory as before where they had one
-        order = _memory_order(x)
+        order = memory_order(x)
     return x.permute(order).reshape(-1), Layout(x.shape, order)
 
 
@@ -91,6 +107,7 @@ def unflatten(flat: Tensor, layout: Layout) -> Tensor:
     return in_memory.permute([layout.order.index(dim) for dim in range(len(layout.order))])
 
 
-def _memory_order(x: Tensor) -> tuple[int, ...]:
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of ``x``, outermost in memory first."""
     strides = x.stride()
     return tuple(sorted(range(x.dim()), key=lambda dim: -strides[dim]))

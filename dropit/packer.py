@@ -13,8 +13,7 @@ from dropit.strategies import Strategy
 
 
 class _Entry(NamedTuple):
-    version: int
-    dtype: torch.dtype
+    key: tuple[Any, ...]
     packed: Packed
 
 
@@ -29,13 +28,15 @@ class Packer:
         self.strategy = strategy
         self._known: Any = WeakTensorKeyDictionary()  # entries die with their tensor
 
-    def pack(self, x: Tensor, source: Tensor) -> Packed:
+    def pack(self, x: Tensor, source: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Packed:
         """Pack ``x``, which is ``source`` or what autocast made of it."""
+        dims = {"channel_dim": channel_dim, "batch_dim": batch_dim}
         if torch.compiler.is_compiling() or source.is_inference():
-            return self.strategy.pack(x)  # a compiler merges equal computations by itself
+            return self.strategy.pack(x, **dims)  # a compiler merges equal computations by itself
+        key = (source._version, x.dtype, channel_dim % x.dim(), batch_dim)
         entry: _Entry | None = self._known.get(source)
-        if entry is None or (entry.version, entry.dtype) != (source._version, x.dtype):
-            entry = _Entry(source._version, x.dtype, self.strategy.pack(x))
+        if entry is None or entry.key != key:
+            entry = _Entry(key, self.strategy.pack(x, **dims))
             self._known[source] = entry
         return entry.packed
 

@@ -1,6 +1,6 @@
 """What to keep of a layer's input: one frozen dataclass for each strategy.
 
-Every strategy keeps ``max(1, round(n * (1 - gamma)))`` of n elements, exactly. Elements are numbered in memory order.
+Every strategy keeps ``max(1, round(n * (1 - gamma)))`` of n, exactly. Elements are numbered in memory order.
 """
 
 from __future__ import annotations
@@ -13,14 +13,23 @@ import torch
 from torch import Tensor
 
 from dropit import ops
-from dropit.packed import Packed, dense_nbytes, flatten, keep_dense, packed_nbytes
+from dropit.packed import (
+    Layout,
+    Packed,
+    channels_nbytes,
+    dense_nbytes,
+    flatten,
+    keep_dense,
+    memory_order,
+    packed_nbytes,
+)
 
 _PACKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Strategy(ABC):
-    """Base of the strategies. ``gamma`` in [0, 1) is the fraction of the elements that is dropped."""
+    """Base of the strategies. ``gamma`` in [0, 1) is the fraction that is dropped."""
 
     gamma: float = 0.9
 
@@ -30,37 +39,70 @@ class Strategy(ABC):
         if not 0 <= self.gamma < 1:  # NaN fails too
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
 
-    def pack(self, x: Tensor) -> Packed:
+    def pack(self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Packed:
         """Pack ``x``, or keep it dense where packing would not take fewer bytes (gamma 0, tiny tensors, integers)."""
-        n = x.numel()
-        if n == 0 or x.dtype not in _PACKABLE or x.layout is not torch.strided:
+        if x.numel() == 0 or x.dtype not in _PACKABLE or x.layout is not torch.strided:
             return keep_dense(x)
-        if packed_nbytes(n, self.count(n), x.element_size()) >= dense_nbytes(x):
+        if self.nbytes(x, channel_dim % x.dim(), batch_dim) >= dense_nbytes(x):
             return keep_dense(x)
         with torch.no_grad():
-            flat, layout = flatten(x.detach())
-            return ops.pack(flat, self.select(flat), self.count(n), layout)
-
-    def count(self, n: int) -> int:
-        """How many of ``n`` elements are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
-        return _share(n, self.gamma)
+            return self._pack(x.detach(), channel_dim % x.dim(), batch_dim)
 
     @abstractmethod
-    def select(self, flat: Tensor) -> Tensor:
-        """Mark what to keep of ``flat`` (n,): (n,) bool with exactly ``count(n)`` set."""
+    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int) -> int:
+        """Bytes that ``x`` takes when packed."""
+
+    @abstractmethod
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed: ...
+
+    def _share(self, n: int) -> int:
+        """How many of n are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
+        return max(1, round(n * (1 - self.gamma)))
 
 
 @dataclass(frozen=True)
-class MinK(Strategy):
+class ElementStrategy(Strategy):
+    """Keeps single elements: of the whole tensor or, ``per_sample``, of each sample as many as of the others."""
+
+    per_sample: bool = False
+
+    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int) -> int:
+        """Values and positions."""
+        return packed_nbytes(x.numel(), self._total(x, batch_dim), x.element_size())
+
+    def count(self, n: int) -> int:
+        """How many of ``n`` elements are kept."""
+        return self._share(n)
+
+    @abstractmethod
+    def select(self, rows: Tensor) -> Tensor:
+        """Mark what to keep of each row (r, n): bool of the same shape with exactly ``count(n)`` set in each."""
+
+    def _samples(self, x: Tensor, batch_dim: int) -> int:
+        return x.shape[batch_dim] if self.per_sample and x.dim() > 1 else 1
+
+    def _total(self, x: Tensor, batch_dim: int) -> int:
+        samples = self._samples(x, batch_dim)
+        return samples * self.count(x.numel() // samples)
+
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed:
+        samples = self._samples(x, batch_dim)
+        flat, layout = flatten(x, outermost=batch_dim if samples > 1 else None)
+        mask = self.select(flat.view(samples, -1)).view(-1)
+        return ops.pack(flat, mask, self._total(x, batch_dim), layout)
+
+
+@dataclass(frozen=True)
+class MinK(ElementStrategy):
     """Drop the smallest by magnitude of the whole tensor: the paper's min-k."""
 
-    def select(self, flat: Tensor) -> Tensor:
+    def select(self, rows: Tensor) -> Tensor:
         """Mark the largest of all; of equal ones, the first."""
-        return ops.topk_mask(ops.magnitude(flat).unsqueeze(0), self.count(flat.numel())).squeeze(0)
+        return ops.topk_mask(ops.magnitude(rows), self.count(rows.shape[1]))
 
 
 @dataclass(frozen=True)
-class FastMinK(Strategy):
+class FastMinK(ElementStrategy):
     """Drop the smallest by magnitude of each block of ``block_size`` elements, and of the shorter one at the end."""
 
     block_size: int = 16384
@@ -75,70 +117,118 @@ class FastMinK(Strategy):
     def count(self, n: int) -> int:
         """How many are kept: the share of each whole block and of the rest."""
         blocks, rest = divmod(n, self.block_size)
-        kept = blocks * _share(self.block_size, self.gamma)
-        return kept + _share(rest, self.gamma) if rest else kept
+        return blocks * self._share(self.block_size) + (self._share(rest) if rest else 0)
 
-    def select(self, flat: Tensor) -> Tensor:
+    def select(self, rows: Tensor) -> Tensor:
         """Mark the largest of each block; of equal ones, the first."""
-        score = ops.magnitude(flat)
-        whole = flat.numel() // self.block_size * self.block_size
+        score = ops.magnitude(rows)
+        whole = rows.shape[1] // self.block_size * self.block_size
         parts = []
         if whole:
-            blocks = score[:whole].view(-1, self.block_size)
-            parts.append(ops.topk_mask(blocks, _share(self.block_size, self.gamma)).view(-1))
-        if whole < flat.numel():
-            rest = score[whole:].unsqueeze(0)
-            parts.append(ops.topk_mask(rest, _share(rest.numel(), self.gamma)).view(-1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            blocks = score[:, :whole].reshape(-1, self.block_size)
+            parts.append(ops.topk_mask(blocks, self._share(self.block_size)).view(-1, whole))
+        if whole < rows.shape[1]:
+            parts.append(ops.topk_mask(score[:, whole:], self._share(rows.shape[1] - whole)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
-class Random(Strategy):
-    """Drop at random, without replacement.
-
-    Draws from PyTorch's generator of the tensor's device, or, where ``seed`` is given, from one of its own.
-    """
+class _Draws:
+    """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from one of its own."""
 
     seed: int | None = None
     _generators: dict[torch.device, torch.Generator] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def select(self, flat: Tensor) -> Tensor:
-        """Mark the elements that draw the largest numbers."""
-        generator = self._generator(flat.device)
-        draw = torch.randint(2**31 - 1, (1, flat.numel()), dtype=torch.int32, device=flat.device, generator=generator)
-        return ops.topk_mask(draw, self.count(flat.numel())).squeeze(0)
-
-    def _generator(self, device: torch.device) -> torch.Generator | None:
-        if self.seed is None:
-            return None
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return self._generators[device]
+    def _draw(self, rows: int, n: int, device: torch.device) -> Tensor:
+        generator = None
+        if self.seed is not None:
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+            generator = self._generators[device]
+        return torch.randint(2**31 - 1, (rows, n), dtype=torch.int32, device=device, generator=generator)
 
     def __getstate__(self) -> dict[str, object]:
         # Generators cannot be copied everywhere; a copy starts again from the seed.
         return {**self.__dict__, "_generators": {}}
 
 
-STRATEGIES: dict[str, type[Strategy]] = {"fastmink": FastMinK, "mink": MinK, "random": Random}
+@dataclass(frozen=True)
+class Random(_Draws, ElementStrategy):
+    """Drop elements at random, without replacement."""
+
+    def select(self, rows: Tensor) -> Tensor:
+        """Mark the elements that draw the largest numbers."""
+        return ops.topk_mask(self._draw(rows.shape[0], rows.shape[1], rows.device), self.count(rows.shape[1]))
 
 
-def make_strategy(name: str, gamma: float = 0.9, *, block_size: int | None = None, seed: int | None = None) -> Strategy:
-    """The strategy called ``name``; ``block_size`` and ``seed`` only for one that has them.
+@dataclass(frozen=True)
+class ChannelStrategy(Strategy):
+    """Keeps whole channels: dim 1 of a convolution's input, the last of a Linear's."""
+
+    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int) -> int:
+        """Values and positions."""
+        return channels_nbytes(x, channel_dim, self._share(x.shape[channel_dim]))
+
+    @abstractmethod
+    def score(self, x: Tensor, channel_dim: int) -> Tensor:
+        """The channels' scores, (channels,) integers: the largest stay; of equal ones, the first."""
+
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed:
+        count = self._share(x.shape[channel_dim])
+        mask = ops.topk_mask(self.score(x, channel_dim).unsqueeze(0), count).squeeze(0)
+        return ops.pack_channels(x, mask, count, Layout(x.shape, memory_order(x), channel_dim))
+
+
+@dataclass(frozen=True)
+class MinKChannels(ChannelStrategy):
+    """Drop the channels of the smallest L2 norm."""
+
+    def score(self, x: Tensor, channel_dim: int) -> Tensor:
+        """The norms' bits."""
+        others = [dim for dim in range(x.dim()) if dim != channel_dim]
+        # In double, so that the order of the sum, which depends on the number of threads, does not decide.
+        norms = torch.linalg.vector_norm(x, dim=others, dtype=torch.float64) if others else x.to(torch.float64)
+        return ops.magnitude(norms)
+
+
+@dataclass(frozen=True)
+class RandomChannels(_Draws, ChannelStrategy):
+    """Drop channels at random, without replacement."""
+
+    def score(self, x: Tensor, channel_dim: int) -> Tensor:
+        """Random numbers."""
+        return self._draw(1, x.shape[channel_dim], x.device).squeeze(0)
+
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "fastmink": FastMinK,
+    "mink": MinK,
+    "random": Random,
+    "mink_c": MinKChannels,
+    "random_c": RandomChannels,
+}
+
+
+def make_strategy(
+    name: str,
+    gamma: float = 0.9,
+    *,
+    block_size: int | None = None,
+    per_sample: bool | None = None,
+    seed: int | None = None,
+) -> Strategy:
+    """The strategy called ``name``; the other arguments, where given, only for one that has them.
 
     Raises ValueError for an unknown name, an argument that the strategy does not take, or a value out of range.
     """
     if name not in STRATEGIES:
         raise ValueError(f"unknown strategy {name!r}; choose from {', '.join(STRATEGIES)}")
     kind = STRATEGIES[name]
-    options = {key: value for key, value in (("block_size", block_size), ("seed", seed)) if value is not None}
+    given = {"block_size": block_size, "per_sample": per_sample, "seed": seed}
+    options = {key: value for key, value in given.items() if value is not None}
     unknown = options.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise ValueError(f"strategy {name!r} takes no {' or '.join(sorted(unknown))}")
     return kind(gamma=gamma, **options)  # type: ignore[arg-type]
-
-
-def _share(n: int, gamma: float) -> int:
-    return max(1, round(n * (1 - gamma)))

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dropit import STRATEGIES, ops
-from dropit.strategies import FastMinK, MinK, Random, make_strategy
+from dropit.strategies import FastMinK, MinK, MinKChannels, Random, RandomChannels, make_strategy
 
 
-def kept(strategy, x):
+def kept(strategy, x, **dims):
     """What the strategy keeps of x, zeros elsewhere."""
-    return ops.unpack(strategy.pack(x))
+    return ops.unpack(strategy.pack(x, **dims))
 
 
 def largest(x, k):
@@ -130,6 +130,61 @@ def test_packing_is_the_same_for_any_number_of_threads():
     assert torch.equal(results[0], results[2])
 
 
+def test_mink_c_keeps_the_channels_of_the_largest_norm():
+    x = torch.randn(3, 10, 4, 5)
+    x[:, 7] *= 10
+    x[:, 2] *= 5
+    got = kept(MinKChannels(0.8), x, channel_dim=1)
+    expected = torch.zeros_like(x)
+    expected[:, [2, 7]] = x[:, [2, 7]]
+    assert torch.equal(got, expected)
+    assert torch.equal(kept(MinKChannels(0.8), x.movedim(1, -1)), expected.movedim(1, -1))
+
+
+def test_channels_are_stored_whole_with_a_bit_each():
+    x = torch.randn(3, 20, 4, 5)
+    packed = MinKChannels(0.9).pack(x, channel_dim=1)
+    assert packed.values.shape == (3, 2, 4, 5)
+    assert packed.positions.shape == (3,)
+    assert packed.nbytes == MinKChannels(0.9).nbytes(x, 1, 0)
+
+
+def test_of_channels_with_equal_norms_the_first_stays():
+    x = torch.ones(2, 8, 3)
+    assert kept(MinKChannels(0.9), x, channel_dim=1).sum(dim=(0, 2)).tolist() == [6, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_random_channels_are_drawn_without_replacement():
+    x = torch.ones(2, 50, 3)
+    first = kept(RandomChannels(0.9, seed=1), x, channel_dim=1)
+    assert first.sum(dim=(0, 2)).count_nonzero() == 5
+    assert torch.equal(first, kept(RandomChannels(0.9, seed=1), x, channel_dim=1))
+
+
+def test_channels_last_stays_so():
+    x = torch.randn(3, 20, 4, 5).to(memory_format=torch.channels_last)
+    assert kept(MinKChannels(0.9), x, channel_dim=1).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("kind", [MinK, FastMinK, Random])
+@pytest.mark.parametrize("batch_dim", [0, 1])
+def test_per_sample_a_large_sample_does_not_empty_the_others(kind, batch_dim):
+    x = torch.randn(4, 5, 100)
+    x.select(batch_dim, 2).mul_(1000)
+    got = kept(kind(0.9, per_sample=True), x, batch_dim=batch_dim)
+    each = x.numel() // x.shape[batch_dim] // 10
+    others = [dim for dim in range(3) if dim != batch_dim]
+    assert got.count_nonzero(dim=others).tolist() == [each] * x.shape[batch_dim]
+
+
+def test_per_sample_is_each_samples_own_choice():
+    x = torch.randn(4, 70)
+    strategy = FastMinK(0.75, per_sample=True, block_size=32)
+    by_hand = torch.stack([kept(FastMinK(0.75, block_size=32), row) for row in x])
+    assert torch.equal(kept(strategy, x), by_hand)
+    assert torch.equal(kept(strategy, x.t().contiguous().t()), by_hand)  # in any layout
+
+
 @pytest.mark.parametrize("gamma", [7.0, 1.0, -0.1, float("nan"), float("inf")])
 def test_a_gamma_out_of_range_is_refused(gamma):
     with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\), got"):
@@ -145,7 +200,7 @@ def test_a_gamma_of_another_type_is_refused(gamma):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "topk"}, "unknown strategy 'topk'; choose from fastmink, mink, random"),
+        ({"name": "topk"}, "unknown strategy 'topk'; choose from fastmink, mink, random, mink_c, random_c"),
         ({"name": "mink", "block_size": 64}, "strategy 'mink' takes no block_size"),
         ({"name": "fastmink", "block_size": 0}, "block_size must be at least 1, got 0"),
         ({"name": "fastmink", "seed": 1}, "strategy 'fastmink' takes no seed"),
@@ -159,3 +214,4 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategies_are_made_by_name(name):
     assert make_strategy(name, 0.5) == STRATEGIES[name](gamma=0.5)
+    assert {"fastmink", "mink", "random", "mink_c", "random_c"} == STRATEGIES.keys()

@@ -58,8 +58,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         context, weights_out, held = attend(q, k, v, mask, hint)
         # Attention holds its output for itself: a packed copy on top would free nothing.
         linear = F.linear if held else self._linear
-        output = linear(context.reshape(length * samples, self.embed_dim), self.out_proj.weight, self.out_proj.bias)
-        output = output.view(length, samples, self.embed_dim)
+        output = linear(context.reshape(length, samples, self.embed_dim), self.out_proj.weight, self.out_proj.bias)
         if weights_out is not None and average_attn_weights:
             weights_out = weights_out.mean(dim=1)
         if not batched:
@@ -67,7 +66,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         return output.transpose(0, 1) if self.batch_first else output, weights_out
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return dropit_linear(input, weight, bias, self.packer)
+        return dropit_linear(input, weight, bias, self.packer, batch_dim=1)
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""

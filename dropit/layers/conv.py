@@ -68,7 +68,7 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     if input.dim() < weight.dim():
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
     x, w, b = autocast(input, weight, bias)
-    packed = packer.pack(x, input) if weight.requires_grad else (None, None, None)
+    packed = packer.pack(x, input, channel_dim=1) if weight.requires_grad else (None, None, None)
     return DropITConvFunction.apply(x, w, b, geometry, *packed)  # type: ignore[no-any-return]
 
 

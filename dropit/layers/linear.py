@@ -54,10 +54,10 @@ class DropITLinearFunction(Function):
         return grad_input, grad_weight, grad_bias, None, None, None
 
 
-def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packer: Packer) -> Tensor:
+def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packer: Packer, *, batch_dim: int = 0) -> Tensor:
     """``F.linear`` that keeps for backward only what ``packer`` makes of ``input`` (..., in)."""
     x, w, b = autocast(input, weight, bias)
-    packed = packer.pack(x, input) if weight.requires_grad else (None, None, None)
+    packed = packer.pack(x, input, batch_dim=batch_dim) if weight.requires_grad else (None, None, None)
     return DropITLinearFunction.apply(x, w, b, *packed)  # type: ignore[no-any-return]
 
 

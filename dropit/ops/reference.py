@@ -61,6 +61,8 @@ def unpack(packed: Packed) -> Tensor:
     """The dense tensor: kept elements at their positions, zeros elsewhere; the order in memory is the original's."""
     if packed.positions is None:
         return packed.values
+    if packed.layout.channel_dim is not None:
+        return _unpack_channels(packed.values, packed.positions, packed.layout)
     n, count = packed.layout.numel, packed.values.numel()
     dense = packed.values.new_zeros(n)
     if packed.positions.numel() != bits_nbytes(n):
@@ -69,6 +71,20 @@ def unpack(packed: Packed) -> Tensor:
         # 1.8 ns; index_put by the mask takes 2.8.
         dense.masked_scatter_(unpack_bits(packed.positions, n), packed.values)
     return unflatten(dense, packed.layout)
+
+
+def pack_channels(x: Tensor, mask: Tensor, count: int, layout: Layout) -> Packed:
+    """Keep the ``count`` channels of ``x`` that ``mask`` (channels,) bool marks."""
+    assert layout.channel_dim is not None
+    return Packed(x.index_select(layout.channel_dim, _nonzero(mask, count)), pack_bits(mask), layout)
+
+
+def _unpack_channels(values: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    dim = layout.channel_dim
+    assert dim is not None
+    kept = _nonzero(unpack_bits(positions, layout.shape[dim]), values.shape[dim])
+    dense = unflatten(values.new_zeros(layout.numel), layout)
+    return dense.index_copy_(dim, kept, values)
 
 
 def _nonzero(mask: Tensor, count: int) -> Tensor:

@@ -63,7 +63,7 @@ def defaults() -> CfgNode:
     cfg.MODEL.DROPIT = False
 
     cfg.DROPIT = CfgNode()
-    # What to keep: fastmink (top-k of each block), mink (top-k of the tensor), random
+    # What to keep: fastmink (top-k of each block), mink (top-k of the tensor), random; mink_c, random_c (channels)
     cfg.DROPIT.STRATEGY = "fastmink"
     # Fraction of the elements that is dropped, in [0, 1)
     cfg.DROPIT.GAMMA = 0.9

@@ -5,9 +5,9 @@ import torch
 from dropit import ops
 
 
-def masked(strategy, x):
+def masked(strategy, x, **dims):
     """x as the layer's backward sees it: what the strategy keeps, zeros elsewhere."""
-    return ops.unpack(strategy.pack(x.detach()))
+    return ops.unpack(strategy.pack(x.detach(), **dims))
 
 
 def gradients(outputs, grad_output, inputs):

@@ -154,7 +154,7 @@ def test_a_packed_input_may_be_overwritten_and_a_dense_one_may_not():
 
 
 def test_repr_says_what_is_done():
-    assert "in_features=24, out_features=10, bias=True, strategy=MinK(gamma=0.9)" in repr(
+    assert "in_features=24, out_features=10, bias=True, strategy=MinK(gamma=0.9, per_sample=False)" in repr(
         layer(24, 10, strategy="mink")
     )
     assert layer(24, 10, strategy="mink").strategy == MinK(0.9)

@@ -61,9 +61,13 @@ def random_layout(rng, shape, dtype):
 
 def random_strategy(rng):
     gamma = rng.choice([0.0, 0.1, 0.5, 0.8, 0.9, 0.99, rng.random()])
-    name = rng.choice(["mink", "fastmink", "fastmink", "random"])
-    options = {"block_size": rng.choice([7, 64, 256, None])} if name == "fastmink" else {}
-    return {"strategy": name, "gamma": gamma, "seed": 3 if name == "random" else None, **options}
+    name = rng.choice(["fastmink", *dropit.STRATEGIES])
+    options = {"seed": 3} if "random" in name else {}
+    if name == "fastmink":
+        options["block_size"] = rng.choice([7, 64, 256, None])
+    if not name.endswith("_c"):
+        options["per_sample"] = rng.random() < 0.3
+    return {"strategy": name, "gamma": gamma, **options}
 
 
 def check(case):
@@ -97,14 +101,16 @@ def check(case):
 def after_padding(ours, plain, x, strategy):
     """The plain layer's output of the masked input; where padding is a step of its own, it comes before the mask."""
     x = x.detach()
-    if not hasattr(ours, "_pad"):
+    if isinstance(plain, nn.Linear):
         return plain(masked(strategy, x))
-    seen, rest = ours._pad(x)
-    if seen is x:
-        return plain(masked(strategy, x))
-    conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(ours.stride)]
+    seen, rest = ours._pad(x) if hasattr(ours, "_pad") else (x, None)
     batched = seen if x.dim() == plain.weight.dim() else seen.unsqueeze(0)
-    y = conv(masked(strategy, batched), plain.weight, plain.bias, plain.stride, rest, plain.dilation, plain.groups)
+    kept = masked(strategy, batched, channel_dim=1)
+    if seen is x:
+        y = plain(kept)
+    else:
+        conv = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(ours.stride)]
+        y = conv(kept, plain.weight, plain.bias, plain.stride, rest, plain.dilation, plain.groups)
     return y if x.dim() == plain.weight.dim() else y.squeeze(0)
 
 

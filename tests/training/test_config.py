@@ -125,7 +125,7 @@ def test_values_are_read_by_the_type_of_the_key(write, key, text, value):
         ("INPUT:\n  MEAN: [0.5]\n", "INPUT.MEAN must be three numbers in [0, 1], got [0.5] (cfg.yaml:2)"),
         (
             "DROPIT:\n  STRATEGY: topk\n",
-            "DROPIT.STRATEGY must be one of fastmink, mink, random, got 'topk' (cfg.yaml:2)",
+            "DROPIT.STRATEGY must be one of fastmink, mink, random, mink_c, random_c, got 'topk' (cfg.yaml:2)",
         ),
         ("MODEL:\n  ARCH: resnet19\n", "MODEL.ARCH must be a known name; did you mean resnet"),
         ("DATASET: mnist\n", "DATASET must be one of digits, cifar100, imagenet, got 'mnist' (cfg.yaml:1)"),
