@@ -1,8 +1,20 @@
 """DropIT: train with the top-k elements of each layer's input in memory, not all of them."""
 
 from dropit.convert import COMPRESS, Coverage, coverage, from_dropit, to_dropit
+from dropit.layers import LosslessLayer, PackedInputLayer, register
 from dropit.memory import CacheMeter
 from dropit.strategies import STRATEGIES
 
 __version__ = "0.1.0"
-__all__ = ["COMPRESS", "STRATEGIES", "CacheMeter", "Coverage", "coverage", "from_dropit", "to_dropit"]
+__all__ = [
+    "COMPRESS",
+    "STRATEGIES",
+    "CacheMeter",
+    "Coverage",
+    "LosslessLayer",
+    "PackedInputLayer",
+    "coverage",
+    "from_dropit",
+    "register",
+    "to_dropit",
+]

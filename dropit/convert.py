@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from dropit.layers import SWAPS, DropITLayer, PackedInputLayer
+from dropit.layers import SWAPS, DropITLayer, PackedInputLayer, parent_in_table, plain_type, swap_for
 from dropit.packer import Packer
 from dropit.strategies import make_strategy
 
@@ -35,7 +35,7 @@ def to_dropit(
 
     strategy: a name in ``dropit.STRATEGIES``. gamma: the fraction of the elements that is dropped, in [0, 1).
     block_size: elements in one block of "fastmink" (16384 if None).
-    per_sample: choose among the elements of each sample ("fastmink", "mink", "random"), so that a large one cannot empty
+    per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty
     the others.
     compress: how layers without a weight keep what they keep: "none", as PyTorch does, or "lossless", with the same
     gradients bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go.
@@ -48,11 +48,11 @@ def to_dropit(
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
     packer = Packer(make_strategy(strategy, gamma, block_size=block_size, per_sample=per_sample, seed=seed))
-    targets = [
-        (module, SWAPS[_plain_type(module)])
-        for fqn, module in model.named_modules()
-        if _plain_type(module) in SWAPS and (filter_fn is None or filter_fn(module, fqn))
-    ]
+    targets = []
+    for fqn, module in _spoken_of(model):
+        swap = swap_for(plain_type(module))
+        if swap is not None and (filter_fn is None or filter_fn(module, fqn)):
+            targets.append((module, swap))
     if not any(issubclass(swap, PackedInputLayer) for _, swap in targets):
         raise ValueError(_nothing_converted(model))
     for module, swap in targets:
@@ -115,24 +115,30 @@ class Coverage(list[LayerCoverage]):
 
 def coverage(model: nn.Module) -> Coverage:
     """Say of each layer that DropIT could make keep less whether it is converted, or why not."""
-    spoken_of: tuple[type[nn.Module], ...] = (*_WEIGHTED, *SWAPS)
+    return Coverage(
+        LayerCoverage(fqn, plain_type(module).__name__, _reason(module)) for fqn, module in _spoken_of(model)
+    )
+
+
+def _spoken_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     inside = {id(child) for attention in attentions for child in attention.children()}  # which attention never calls
-    return Coverage(
-        LayerCoverage(fqn, _plain_type(module).__name__, _reason(module))
-        for fqn, module in model.named_modules()
-        if isinstance(module, spoken_of) and id(module) not in inside
-    )
+    for fqn, module in model.named_modules():
+        known = swap_for(plain_type(module)) is not None or isinstance(module, (*_WEIGHTED, *SWAPS))
+        if known and id(module) not in inside:
+            yield fqn, module
 
 
 def _reason(module: nn.Module) -> str:
     if isinstance(module, DropITLayer):
         return ""
-    if type(module) in SWAPS:
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return "not converted: it has no shape yet; run a forward pass first"
+    if swap_for(type(module)) is not None:
         return _PLAIN
-    base = next((plain for plain in SWAPS if isinstance(module, plain)), None)
-    if base is not None:
-        return f"not converted: a subclass of {base.__name__} may compute something else"
+    parent = parent_in_table(type(module))
+    if parent is not None:
+        return f"not converted: its forward is not {parent.__name__}'s"
     return "not converted: this type is not supported"
 
 
@@ -143,7 +149,3 @@ def _nothing_converted(model: nn.Module) -> str:
     counts = Counter((row.type, row.reason.replace(_PLAIN, "left out by filter_fn")) for row in rows)
     listed = "; ".join(f"{kind} x{count}: {reason}" for (kind, reason), count in counts.items())
     return f"converted 0 of {len(rows)}: {listed}"
-
-
-def _plain_type(module: nn.Module) -> type[nn.Module]:
-    return module.plain if isinstance(module, DropITLayer) else type(module)

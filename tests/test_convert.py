@@ -6,12 +6,28 @@ import torch
 from torch import nn
 
 import dropit
-from dropit.layers import DropITLayer
+from dropit.layers import SWAPS, DropITLayer, dropit_linear
 from dropit.strategies import FastMinK, MinK
 
 
 class Subclass(nn.Linear):
-    pass
+    """Its forward is nn.Linear's."""
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Weighted(nn.Module):
+    """A layer of somebody else's."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(8, 64))
+
+    def forward(self, input):
+        return input @ self.matrix.t()
 
 
 def small_net():
@@ -104,7 +120,8 @@ def test_the_arguments_reach_the_strategy():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(Subclass(4, 4), Subclass(4, 4)), r"converted 0 of 2: Subclass x2: .*subclass of Linear"),
+        (nn.Sequential(Scaled(4, 4), Scaled(4, 4)), r"converted 0 of 2: Scaled x2: .*its forward is not Linear's"),
+        (nn.Sequential(nn.LazyLinear(4)), r"converted 0 of 1: LazyLinear x1: .*run a forward pass first"),
         (
             nn.Sequential(nn.Bilinear(4, 4, 1)),
             r"converted 0 of 1: Bilinear x1: not converted: this type is not supported",
@@ -133,12 +150,12 @@ def test_a_refused_gamma_leaves_the_model_alone():
 
 def test_coverage_says_of_each_layer_what_became_of_it():
     model = nn.Sequential(
-        nn.Linear(8, 8), Subclass(8, 8), nn.MultiheadAttention(8, 2), nn.Bilinear(8, 8, 1), nn.ReLU(), nn.GELU()
+        nn.Linear(8, 8), Scaled(8, 8), nn.MultiheadAttention(8, 2), nn.Bilinear(8, 8, 1), nn.ReLU(), nn.GELU()
     )
     report = dropit.coverage(dropit.to_dropit(model))
     assert [(row.fqn, row.type, row.status.split(":")[0]) for row in report] == [
         ("0", "Linear", "converted"),
-        ("1", "Subclass", "not converted"),
+        ("1", "Scaled", "not converted"),
         ("2", "MultiheadAttention", "converted"),
         ("3", "Bilinear", "not converted"),
         ("4", "ReLU", "converted"),
@@ -146,6 +163,65 @@ def test_coverage_says_of_each_layer_what_became_of_it():
     table = str(report).splitlines()
     assert table[0].split() == ["layer", "type", "status"]
     assert table[-1] == "converted 3 of 5"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_a_subclass_with_its_parents_forward_is_converted_and_can_be_copied(duplicate):
+    layer = dropit.to_dropit(Subclass(64, 8))
+    assert isinstance(layer, Subclass)
+    other = duplicate(layer)
+    assert type(other) is type(layer)
+    x = torch.randn(20, 64)
+    with dropit.CacheMeter(other) as meter:
+        y = other(x)
+    assert meter.total_bytes == layer.strategy.pack(x).nbytes
+    assert torch.equal(y, layer(x))
+    assert type(dropit.from_dropit(layer)) is Subclass
+
+
+def test_a_parametrized_layer_is_converted():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 8))
+    x = torch.randn(20, 64)
+    expected = layer(x)
+    dropit.to_dropit(layer, gamma=0.0)
+    assert torch.equal(layer(x), expected)
+    layer(x).sum().backward()
+    assert layer.parametrizations.weight.original0.grad is not None
+
+
+def test_a_layer_of_ones_own_can_be_registered():
+    @dropit.register
+    class DropITWeighted(dropit.PackedInputLayer, Weighted):
+        plain = Weighted
+
+        def forward(self, input):
+            if not self.packs(self.matrix):
+                return super().forward(input)
+            return dropit_linear(input, self.matrix, None, self.packer)
+
+    try:
+        model = dropit.to_dropit(nn.Sequential(Weighted()))
+        assert dropit.coverage(model).converted == 1
+        x = torch.randn(20, 64)
+        with dropit.CacheMeter(model) as meter:
+            y = model(x)
+        assert meter.total_bytes == model[0].strategy.pack(x).nbytes
+        y.sum().backward()
+    finally:
+        del SWAPS[Weighted]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.Linear, "is not a subclass of PackedInputLayer or LosslessLayer"),
+        (type("Half", (dropit.PackedInputLayer,), {}), "Half.plain must be the class that it takes the place of"),
+        (type("Other", (dropit.PackedInputLayer,), {"plain": nn.Linear}), "got <class 'torch.nn.*Linear'>"),
+    ],
+)
+def test_a_class_that_cannot_swap_in_is_refused(layer, message):
+    with pytest.raises(TypeError, match=message):
+        dropit.register(layer)
 
 
 def test_coverage_of_a_plain_model():

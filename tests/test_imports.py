@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.packer"},
     "dropit.convert": {"dropit.layers", "dropit.strategies", "dropit.packer"},
     "dropit.memory": set(),
-    "dropit": {"dropit.convert", "dropit.memory", "dropit.strategies"},
+    "dropit": {"dropit.convert", "dropit.layers", "dropit.memory", "dropit.strategies"},
 }
 
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from dropit.layers.layer import PackedInputLayer
 from dropit.layers.linear import dropit_linear
+from dropit.layers.table import register
 
 Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
+@register
 class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
     """nn.MultiheadAttention with packed inputs of its projections; what attention itself keeps stays as it is."""
 

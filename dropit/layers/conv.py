@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from dropit import ops
 from dropit.layers.layer import PackedInputLayer, autocast
+from dropit.layers.table import register
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
 
@@ -113,36 +114,42 @@ class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
         return dropit_conv(input, self.weight, self.bias, geometry, self.packer)
 
 
+@register
 class DropITConv1d(_DropITConv, nn.Conv1d):
     """nn.Conv1d with a packed input."""
 
     plain = nn.Conv1d
 
 
+@register
 class DropITConv2d(_DropITConv, nn.Conv2d):
     """nn.Conv2d with a packed input."""
 
     plain = nn.Conv2d
 
 
+@register
 class DropITConv3d(_DropITConv, nn.Conv3d):
     """nn.Conv3d with a packed input."""
 
     plain = nn.Conv3d
 
 
+@register
 class DropITConvTranspose1d(_DropITConvTranspose, nn.ConvTranspose1d):
     """nn.ConvTranspose1d with a packed input."""
 
     plain = nn.ConvTranspose1d
 
 
+@register
 class DropITConvTranspose2d(_DropITConvTranspose, nn.ConvTranspose2d):
     """nn.ConvTranspose2d with a packed input."""
 
     plain = nn.ConvTranspose2d
 
 
+@register
 class DropITConvTranspose3d(_DropITConvTranspose, nn.ConvTranspose3d):
     """nn.ConvTranspose3d with a packed input."""
 

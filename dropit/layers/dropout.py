@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from dropit import ops
 from dropit.layers.layer import LosslessLayer
+from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 
 
@@ -43,6 +44,7 @@ class DropITDropoutFunction(Function):
         return grad_output * (mask * ctx.scale), None
 
 
+@register
 class DropITDropout(LosslessLayer, nn.Dropout):
     """nn.Dropout that keeps a bit per element."""
 

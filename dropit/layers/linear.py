@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from dropit import ops
 from dropit.layers.layer import PackedInputLayer, autocast
+from dropit.layers.table import register
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
 
@@ -61,6 +62,7 @@ def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packer: Pa
     return DropITLinearFunction.apply(x, w, b, *packed)  # type: ignore[no-any-return]
 
 
+@register
 class DropITLinear(PackedInputLayer, nn.Linear):
     """nn.Linear with a packed input."""
 

@@ -11,6 +11,7 @@ from torch.autograd import Function
 
 from dropit import ops
 from dropit.layers.layer import LosslessLayer
+from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
@@ -124,6 +125,7 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         return (size,) * self.dimensions if isinstance(size, int) else tuple(size)
 
 
+@register
 class DropITMaxPool1d(_DropITMaxPool, nn.MaxPool1d):
     """nn.MaxPool1d that keeps an offset per window."""
 
@@ -131,6 +133,7 @@ class DropITMaxPool1d(_DropITMaxPool, nn.MaxPool1d):
     dimensions = 1
 
 
+@register
 class DropITMaxPool2d(_DropITMaxPool, nn.MaxPool2d):
     """nn.MaxPool2d that keeps an offset per window."""
 
@@ -138,6 +141,7 @@ class DropITMaxPool2d(_DropITMaxPool, nn.MaxPool2d):
     dimensions = 2
 
 
+@register
 class DropITMaxPool3d(_DropITMaxPool, nn.MaxPool3d):
     """nn.MaxPool3d that keeps an offset per window."""
 

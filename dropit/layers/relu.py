@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from dropit import ops
 from dropit.layers.layer import LosslessLayer
+from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 
 
@@ -52,6 +53,7 @@ class DropITReLUFunction(Function):
         return grad_input, None, None, None, None
 
 
+@register
 class DropITReLU(LosslessLayer, nn.ReLU):
     """nn.ReLU that keeps a bit per element."""
 
@@ -64,6 +66,7 @@ class DropITReLU(LosslessLayer, nn.ReLU):
         return DropITReLUFunction.apply(input, 0.0, math.inf, 0.0, self.inplace)  # type: ignore[no-any-return]
 
 
+@register
 class DropITHardtanh(LosslessLayer, nn.Hardtanh):
     """nn.Hardtanh that keeps a bit per element."""
 
@@ -76,12 +79,14 @@ class DropITHardtanh(LosslessLayer, nn.Hardtanh):
         return DropITReLUFunction.apply(input, self.min_val, self.max_val, 0.0, self.inplace)  # type: ignore[no-any-return]
 
 
+@register
 class DropITReLU6(DropITHardtanh, nn.ReLU6):
     """nn.ReLU6, a Hardtanh from 0 to 6, that keeps a bit per element."""
 
     plain = nn.ReLU6  # type: ignore[assignment]
 
 
+@register
 class DropITLeakyReLU(LosslessLayer, nn.LeakyReLU):
     """nn.LeakyReLU that keeps a bit per element, if its slope is above zero: then the output has the input's sign."""
 

@@ -1,0 +1,1 @@
+"""Benchmarks of memory and accuracy, one command each."""

@@ -1,0 +1,73 @@
+"""What is swapped for what: the table, how to add to it, and how a subclass finds its parent's entry."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, TypeVar
+
+from torch import nn
+
+from dropit.layers.layer import DropITLayer
+
+SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
+# Types of packages that are not imported unless the model brings them: the module here that has their layer.
+_LAZY = {("transformers.pytorch_utils", "Conv1D"): "dropit.layers.huggingface"}
+# What else of a class decides what its forward computes.
+_PARTS_OF_FORWARD = ("forward", "_conv_forward")
+
+Layer = TypeVar("Layer", bound=type[DropITLayer])
+
+
+def register(layer: Layer) -> Layer:
+    """Have ``to_dropit`` swap modules of type ``layer.plain`` for ``layer``. A decorator.
+
+    ``layer`` subclasses ``PackedInputLayer`` or ``LosslessLayer``, and ``layer.plain``; it adds no state of its own.
+    """
+    plain = getattr(layer, "plain", None)
+    if not (isinstance(layer, type) and issubclass(layer, DropITLayer)):
+        raise TypeError(f"{layer!r} is not a subclass of PackedInputLayer or LosslessLayer")
+    if not (isinstance(plain, type) and issubclass(layer, plain)):
+        raise TypeError(f"{layer.__name__}.plain must be the class that it takes the place of, got {plain!r}")
+    SWAPS[plain] = layer
+    return layer
+
+
+def plain_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one it had before it was swapped."""
+    return module.plain if isinstance(module, DropITLayer) else type(module)
+
+
+def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
+    """The class to swap in for ``plain``: the table's, or for a subclass with its parent's forward one made of both."""
+    home = _LAZY.get((plain.__module__, plain.__name__))
+    if home is not None:
+        importlib.import_module(home)
+    if plain not in SWAPS:
+        parent = parent_in_table(plain)
+        if parent is None or not _computes_the_same(plain, parent):
+            return None
+        members = {"plain": plain, "__doc__": SWAPS[parent].__doc__, "__reduce_ex__": _reduce}
+        SWAPS[plain] = type(f"DropIT{plain.__name__}", (SWAPS[parent], plain), members)
+    return SWAPS[plain]
+
+
+def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:
+    """The nearest class above ``plain`` that the table has."""
+    return next((parent for parent in plain.__mro__ if parent in SWAPS), None)
+
+
+def _computes_the_same(plain: type[nn.Module], parent: type[nn.Module]) -> bool:
+    # A lazy module has no shape yet, and becomes its parent when it has.
+    lazy = issubclass(plain, nn.modules.lazy.LazyModuleMixin)
+    return not lazy and all(getattr(plain, part, None) is getattr(parent, part, None) for part in _PARTS_OF_FORWARD)
+
+
+def _reduce(self: DropITLayer, protocol: Any) -> tuple[Any, ...]:
+    """How pickle and copy take a module whose class was made here: by its plain class."""
+    return _rebuild, (self.plain,), self.__dict__
+
+
+def _rebuild(plain: type[nn.Module]) -> nn.Module:
+    swap = swap_for(plain)
+    assert swap is not None
+    return swap.__new__(swap)
