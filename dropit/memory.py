@@ -82,10 +82,14 @@ class CacheMeter:
         return self._entries
 
     def _watch(self, fqn: str, module: nn.Module) -> None:
+        # A compiled model is counted whole, without names: its graph has no place for these hooks.
         def enter(*_: object) -> None:
-            self._running.append(fqn)
+            if not torch.compiler.is_compiling():
+                self._running.append(fqn)
 
         def leave(module: nn.Module, args: object, output: object) -> None:
+            if torch.compiler.is_compiling():
+                return
             self._running.pop()
             if module is self._model:
                 self._name_operators(output)

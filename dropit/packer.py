@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dropit.packed import Packed
+from dropit.packed import Packed, keep_dense
 from dropit.strategies import Strategy
 
 
@@ -33,7 +33,12 @@ class Packer:
         dims = {"channel_dim": channel_dim, "batch_dim": batch_dim}
         if torch.compiler.is_compiling() or source.is_inference():
             return self.strategy.pack(x, **dims)  # a compiler merges equal computations by itself
-        key = (source._version, x.dtype, channel_dim % x.dim(), batch_dim)
+        if _is_mapped(x):
+            return keep_dense(x)
+        # Within a backward pass, where checkpointing runs a forward anew, all is packed anew: the same random numbers
+        # are to be drawn as before.
+        backward = torch._C._current_graph_task_id()
+        key = (source._version, x.dtype, channel_dim % x.dim(), batch_dim, backward)
         entry: _Entry | None = self._known.get(source)
         if entry is None or entry.key != key:
             entry = _Entry(key, self.strategy.pack(x, **dims))
@@ -48,3 +53,11 @@ class Packer:
 
     def __repr__(self) -> str:
         return repr(self.strategy)
+
+
+def _is_mapped(x: Tensor) -> bool:
+    """Whether ``x`` is one of many under torch.func.vmap, where no shape may depend on the values."""
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(x):
+        x = functorch.get_unwrapped(x)
+    return functorch.is_batchedtensor(x)

@@ -31,6 +31,8 @@ class Geometry(NamedTuple):
 class DropITConvFunction(Function):
     """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of the packed x."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(  # type: ignore[override]
         input: Tensor,

@@ -19,6 +19,8 @@ from dropit.packer import Packer
 class DropITLinearFunction(Function):
     """y = x W^T + b. grad_input and grad_bias are exact; grad_weight is that of the packed x."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(  # type: ignore[override]
         input: Tensor,

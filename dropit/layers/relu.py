@@ -19,6 +19,8 @@ from dropit.packed import flatten, unflatten
 class DropITReLUFunction(Function):
     """y = x between ``lower`` and ``upper``; outside, a constant, or slope * x. Saves a bit per element, not y."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(input: Tensor, lower: float, upper: float, slope: float, inplace: bool) -> Tensor:  # type: ignore[override]
         """The plain forward."""
