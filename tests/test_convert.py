@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import dropit
-from dropit.layers import SWAPS, DropITLayer, dropit_linear
+from dropit.layers import DropITLayer
 from dropit.strategies import FastMinK, MinK
 
 
@@ -17,17 +17,6 @@ class Subclass(nn.Linear):
 class Scaled(nn.Linear):
     def forward(self, input):
         return 2 * super().forward(input)
-
-
-class Weighted(nn.Module):
-    """A layer of somebody else's."""
-
-    def __init__(self):
-        super().__init__()
-        self.matrix = nn.Parameter(torch.randn(8, 64))
-
-    def forward(self, input):
-        return input @ self.matrix.t()
 
 
 def small_net():
@@ -187,28 +176,6 @@ def test_a_parametrized_layer_is_converted():
     assert torch.equal(layer(x), expected)
     layer(x).sum().backward()
     assert layer.parametrizations.weight.original0.grad is not None
-
-
-def test_a_layer_of_ones_own_can_be_registered():
-    @dropit.register
-    class DropITWeighted(dropit.PackedInputLayer, Weighted):
-        plain = Weighted
-
-        def forward(self, input):
-            if not self.packs(self.matrix):
-                return super().forward(input)
-            return dropit_linear(input, self.matrix, None, self.packer)
-
-    try:
-        model = dropit.to_dropit(nn.Sequential(Weighted()))
-        assert dropit.coverage(model).converted == 1
-        x = torch.randn(20, 64)
-        with dropit.CacheMeter(model) as meter:
-            y = model(x)
-        assert meter.total_bytes == model[0].strategy.pack(x).nbytes
-        y.sum().backward()
-    finally:
-        del SWAPS[Weighted]
 
 
 @pytest.mark.parametrize(

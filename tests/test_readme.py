@@ -11,13 +11,15 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from dropit import STRATEGIES
+from dropit.layers import SWAPS
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+def blocks(language, text=TEXT):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 COMMANDS = [line for block in blocks("sh") + blocks("shell") for line in block.splitlines()]
@@ -68,6 +70,19 @@ def test_without_the_data_or_the_gpus_one_line_says_what_is_missing(workplace, m
 @pytest.mark.parametrize("block", blocks("python"))
 def test_the_examples_run(block):
     exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_walk_through_of_contributing_runs():
+    strategies, swaps = dict(STRATEGIES), dict(SWAPS)
+    names = {}
+    try:
+        for block in blocks("python", (ROOT / "CONTRIBUTING.md").read_text()):
+            exec(compile(block, "CONTRIBUTING.md", "exec"), names)
+    finally:
+        for table, before in ((STRATEGIES, strategies), (SWAPS, swaps)):
+            table.clear()
+            table.update(before)
+    assert "DropITWeighted" in names
 
 
 def test_the_memory_table_is_what_the_benchmark_prints(workplace):

@@ -126,3 +126,20 @@ def test_random_layers(first):
 def test_a_thousand_random_layers():
     for case in range(100, 1100):
         check(case)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+def test_forty_random_layers_pass_gradcheck_at_gamma_zero():
+    for case in range(40):
+        rng = random.Random(case)
+        torch.manual_seed(case)
+        plain, shape = (random_linear if case % 2 else random_conv)(rng, torch.float64)
+        ours = dropit.to_dropit(plain, gamma=0.0)
+        x = random_layout(rng, shape, torch.float64)
+        x = (x.contiguous() if 0 in x.stride() else x).requires_grad_()  # gradcheck takes none that overlaps
+        names = [name for name, _ in ours.named_parameters()]
+
+        def output(x, *parameters, ours=ours, names=names):
+            return torch.func.functional_call(ours, dict(zip(names, parameters, strict=True)), (x,))
+
+        assert torch.autograd.gradcheck(output, (x, *ours.parameters()), fast_mode=True)

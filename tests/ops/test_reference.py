@@ -34,6 +34,21 @@ def test_topk_mask_is_the_stable_sort_with_ties_everywhere():
         assert np.array_equal(ops.topk_mask(torch.from_numpy(score), k).numpy(), expected)
 
 
+def test_a_thousand_arrays_with_ties_nan_and_inf_against_a_stable_sort():
+    rng = np.random.default_rng(1)
+    special = np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 1.0, -1.0], dtype=np.float32)
+    for _ in range(1000):
+        n = int(rng.integers(1, 100))
+        k = int(rng.integers(1, n + 1))
+        x = rng.standard_normal(n).astype(np.float32)
+        where = rng.random(n) < 0.4
+        x[where] = rng.choice(special, where.sum())
+        score = np.where(np.isnan(x), np.inf, np.abs(x.astype(np.float64)))
+        score = np.where(np.isinf(x), 1e300, score)  # NaN above Inf above the rest
+        got = ops.topk_mask(ops.magnitude(torch.from_numpy(x))[None], k)[0]
+        assert np.array_equal(got.numpy(), first_largest(score, k))
+
+
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 63, 64, 65, 1000])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_unpack_puts_the_kept_back_and_zeros_elsewhere(n, dtype):

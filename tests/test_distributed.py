@@ -1,0 +1,64 @@
+"""Two processes over gloo on the CPU: DDP and FSDP2 train converted models as plain ones."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import dropit
+
+WORLD = 2
+
+
+def build():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
+    return dropit.to_dropit(model, "mink", 0.5, per_sample=True)
+
+
+def batch():
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+
+
+def single_process_gradients():
+    model = build()
+    model(batch()).mean().backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def run(rank, port, kind):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    try:
+        model = build()
+        if kind == "ddp":
+            wrapped = nn.parallel.DistributedDataParallel(model)
+        else:
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
+            wrapped = model
+            for layer in (*(m for m in model if isinstance(m, nn.Linear)), model):
+                fully_shard(layer, mesh=mesh)
+        with dropit.CacheMeter(model, retain=True) as meter:
+            loss = wrapped(batch().chunk(WORLD)[rank]).mean()
+        assert "DropITLinear" in meter.by_operator()
+        loss.backward()
+        for parameter, expected in zip(model.parameters(), single_process_gradients(), strict=True):
+            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_give_the_gradients_of_one(kind):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(run, args=(port, kind), nprocs=WORLD)
