@@ -83,7 +83,7 @@ def transformer_encoder() -> Case:
 def faster_rcnn() -> Case:
     """torchvision's Faster R-CNN on MobileNet."""
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(
-        weights=None, weights_backbone=None, num_classes=5, min_size=96, max_size=96, trainable_backbone_layers=6
+        weights=None, weights_backbone=None, num_classes=5, min_size=96, max_size=96
     )
     images = [torch.rand(3, 96, 96), torch.rand(3, 80, 96)]
     boxes = torch.tensor([[5.0, 5.0, 40.0, 50.0], [20.0, 30.0, 80.0, 70.0]])

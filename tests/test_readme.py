@@ -85,11 +85,15 @@ def test_the_walk_through_of_contributing_runs():
     assert "DropITWeighted" in names
 
 
-def test_the_memory_table_is_what_the_benchmark_prints(workplace):
-    assert "python benchmarks/memory.py" in COMMANDS
-    done = subprocess.run([sys.executable, "benchmarks/memory.py"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(
+    ("benchmark", "rows"), [("memory", 5), pytest.param("architectures", 31, marks=pytest.mark.slow)]
+)
+def test_the_tables_are_what_the_benchmarks_print(workplace, benchmark, rows):
+    assert f"python benchmarks/{benchmark}.py" in COMMANDS
+    command = [sys.executable, f"benchmarks/{benchmark}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     _, _, table = done.stdout.partition("\n\n")
-    assert len(table.splitlines()) == 7
+    assert len(table.splitlines()) == rows + 2
     assert table in TEXT
 
 

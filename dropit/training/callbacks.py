@@ -102,6 +102,11 @@ class SpeedMonitor(Callback):
             trainer.logger.log_metrics(metrics, trainer.global_step)
 
     @property
+    def measured(self) -> bool:
+        """Whether an epoch has ended."""
+        return bool(self._epochs)
+
+    @property
     def step_seconds(self) -> float:
         """Mean time of a step, data loading included; without the first epoch, which warms up, if there are others."""
         epochs = self._epochs[1:] or self._epochs

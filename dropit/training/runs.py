@@ -51,14 +51,20 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     callbacks = [cache, speed, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
     if not sys.stdout.isatty():
         callbacks.append(EpochLines())
-    version = checkpoints.version_dir(checkpoint).name if checkpoint else None
+    # A run that is taken up again goes on in its own logs; one from elsewhere gets new ones.
+    known = checkpoint is not None and directory.resolve() in checkpoint.resolve().parents
+    version = checkpoints.version_dir(checkpoint).name if checkpoint and known else None
     trainer = build_trainer(cfg, directory, callbacks, version, log_every=min(10, data.steps_per_epoch(cfg.NUM_GPUS)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
         report = coverage(classifier.model)
         print(f"DropIT: {cfg.DROPIT.STRATEGY}, gamma {cfg.DROPIT.GAMMA}: {report.summary()} layers")
     trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
-    if trainer.is_global_zero:
-        print(_summary(trainer, cache, speed, best.best_model_score))
+    if not trainer.is_global_zero:
+        return
+    if not speed.measured:
+        print(f"nothing left to train: {checkpoint} is at the end of SOLVER.MAX_EPOCHS {cfg.SOLVER.MAX_EPOCHS}")
+        return
+    print(_summary(trainer, cache, speed, best.best_model_score))
 
 
 def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:

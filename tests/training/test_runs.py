@@ -96,6 +96,21 @@ def test_resume_goes_on_where_the_run_stopped(config):
     assert not Path("outputs/few/vit/version_1").exists()
 
 
+def test_a_finished_run_says_that_nothing_is_left(config, capsys):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    capsys.readouterr()
+    assert train.main(["--cfg", config, "--resume", "SOLVER.MAX_EPOCHS", "1"]) == 0
+    assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_a_checkpoint_from_elsewhere_is_taken_up_in_new_logs(config):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    Path("outputs/few/vit/version_0/checkpoints/last.ckpt").rename("elsewhere.ckpt")
+    assert train.main(["--cfg", config, "--resume", "CKPT", "elsewhere.ckpt", "SOLVER.MAX_EPOCHS", "2"]) == 0
+    last = torch.load("outputs/few/vit/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+
+
 def test_evaluation_gives_the_accuracy_that_training_saw(config, capsys):
     assert train.main(["--cfg", config]) == 0
     seen = max(scalars(events("outputs/few/vit/version_0"), "val/acc1"))
