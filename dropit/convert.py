@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from torch import nn
 
 from dropit.layers import SWAPS, DropITLayer, PackedInputLayer, parent_in_table, plain_type, swap_for
 from dropit.packer import Packer
-from dropit.strategies import make_strategy
+from dropit.strategies import ElementStrategy, Strategy, make_strategy
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -35,8 +36,7 @@ def to_dropit(
 
     strategy: a name in ``dropit.STRATEGIES``. gamma: the fraction of the elements that is dropped, in [0, 1).
     block_size: elements in one block of "fastmink" (16384 if None).
-    per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty
-    the others.
+    per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty the others.
     compress: how layers without a weight keep what they keep: "none", as PyTorch does, or "lossless", with the same
     gradients bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go.
     filter_fn(module, fqn): which layers to convert.
@@ -55,6 +55,7 @@ def to_dropit(
             targets.append((module, swap))
     if not any(issubclass(swap, PackedInputLayer) for _, swap in targets):
         raise ValueError(_nothing_converted(model))
+    _warn_if_nothing_shrinks(packer.strategy, model)
     for module, swap in targets:
         if issubclass(swap, PackedInputLayer):
             module.__class__ = swap  # type: ignore[assignment]
@@ -64,6 +65,17 @@ def to_dropit(
         else:
             _restore(module)
     return model
+
+
+def _warn_if_nothing_shrinks(strategy: Strategy, model: nn.Module) -> None:
+    itemsize = min((parameter.element_size() for parameter in model.parameters()), default=4)
+    break_even = 1 / (8 * itemsize)  # a bit of position for each element, against itemsize bytes
+    if isinstance(strategy, ElementStrategy) and 0 < strategy.gamma <= break_even:
+        warnings.warn(
+            f"gamma {strategy.gamma} saves nothing: positions take more than is dropped; inputs stay dense "
+            f"unless gamma is above {break_even:g}",
+            stacklevel=3,
+        )
 
 
 def from_dropit(model: nn.Module) -> nn.Module:

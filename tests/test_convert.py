@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -128,6 +129,17 @@ def test_filtering_everything_out_is_an_error_that_says_why():
         ValueError, match="converted 0 of 2: Conv2d x1: left out by filter_fn; Linear x1: left out by filter_fn"
     ):
         dropit.to_dropit(small_net(), filter_fn=lambda module, fqn: False)
+
+
+def test_a_gamma_too_small_to_save_anything_warns_with_the_break_even():
+    with pytest.warns(UserWarning, match=r"gamma 0.03 saves nothing: .* unless gamma is above 0.03125"):
+        dropit.to_dropit(small_net(), gamma=0.03)
+    with pytest.warns(UserWarning, match=r"above 0.0625"):
+        dropit.to_dropit(small_net().to(torch.bfloat16), gamma=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for gamma in (0.0, 0.1):
+            dropit.to_dropit(small_net(), gamma=gamma)
 
 
 def test_a_refused_gamma_leaves_the_model_alone():

@@ -11,6 +11,7 @@ from torch import nn
 import dropit
 from tests.layers.cases import gradients, masked
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*saves nothing", "ignore:Using padding='same' with even kernel")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 CONV = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 
@@ -114,7 +115,6 @@ def after_padding(ours, plain, x, strategy):
     return y if x.dim() == plain.weight.dim() else y.squeeze(0)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("first", range(0, 100, 25))
 def test_random_layers(first):
     for case in range(first, first + 25):
@@ -122,13 +122,11 @@ def test_random_layers(first):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_a_thousand_random_layers():
     for case in range(100, 1100):
         check(case)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_forty_random_layers_pass_gradcheck_at_gamma_zero():
     for case in range(40):
         rng = random.Random(case)
