@@ -98,6 +98,15 @@ def test_the_tables_are_what_the_benchmarks_print(workplace, benchmark, rows):
 
 
 @pytest.mark.slow
+def test_the_time_benchmark_runs(workplace):
+    assert "python benchmarks/step.py" in COMMANDS
+    command = [sys.executable, "benchmarks/step.py", "--repeats", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    ratios = [float(line.split("|")[4]) for line in done.stdout.splitlines()[4:]]
+    assert len(ratios) == 2  # how large they are is for the benchmark to say, not for a test
+
+
+@pytest.mark.slow
 def test_the_accuracy_benchmark_runs(workplace):
     assert "python benchmarks/digits.py" in COMMANDS
     done = subprocess.run(
