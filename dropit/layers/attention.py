@@ -7,7 +7,6 @@ It is one layer: it reads ``in_proj_weight`` and ``out_proj.weight`` itself and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 from dropit.layers.layer import PackedInputLayer
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import register
-
-Linear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @register
@@ -81,22 +78,18 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         return seen[id(query)], seen[id(key)], seen[id(value)]
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        bias = self.in_proj_bias
-        if not self._qkv_same_embed_dim:
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            biases = (None,) * 3 if bias is None else bias.chunk(3)
-            return tuple(map(self._linear, (query, key, value), weights, biases))  # type: ignore[arg-type]
-        weight = self.in_proj_weight
-        if query is key and key is value:
-            return _apart(self._linear(query, weight, bias), 3)
-        if key is value:
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if self._qkv_same_embed_dim and query is key and key is value:
+            return _apart(self._linear(query, weight, bias), 3)  # type: ignore[arg-type]
+        if self._qkv_same_embed_dim and key is value:
             sizes = [self.embed_dim, 2 * self.embed_dim]
             of_query, of_both = weight.split(sizes)  # type: ignore[union-attr]
             bias_query, bias_both = (None, None) if bias is None else bias.split(sizes)
             both = _apart(self._linear(key, of_both, bias_both), 2)
             return self._linear(query, of_query, bias_query), *both
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(map(self._linear, (query, key, value), weight.chunk(3), biases))  # type: ignore[union-attr]
+        return tuple(map(self._linear, (query, key, value), weights, biases))  # type: ignore[arg-type]
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values with those that bias_k, bias_v and add_zero_attn put at the end, which no mask hides."""

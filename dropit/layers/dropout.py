@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit import ops
-from dropit.layers.layer import LosslessLayer
+from dropit.layers.layer import LosslessLayer, save_mask, saved_mask
 from dropit.layers.table import register
-from dropit.packed import flatten, unflatten
 
 
 class DropITDropoutFunction(Function):
@@ -33,15 +31,12 @@ class DropITDropoutFunction(Function):
         ctx.mark_non_differentiable(mask)
         # The factor as PyTorch rounds it: in the tensor's precision on the CPU, in double on a GPU.
         ctx.scale = 1 / (1 - p) if input.is_cuda else input.new_ones(()).div(1 - p)
-        flat, ctx.layout = flatten(mask)
-        ctx.save_for_backward(ops.pack_bits(flat))
+        save_mask(ctx, mask)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """The gradient through the kept elements."""
-        (bits,) = ctx.saved_tensors
-        mask = unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
-        return grad_output * (mask * ctx.scale), None
+        return grad_output * (saved_mask(ctx) * ctx.scale), None
 
 
 @register

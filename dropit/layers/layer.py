@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dropit import ops
+from dropit.packed import flatten, unflatten
 from dropit.packer import Packer
 from dropit.strategies import Strategy
 
@@ -45,6 +47,18 @@ class LosslessLayer(DropITLayer):
     def packs(self, input: Tensor) -> bool:
         """Whether a forward pass now keeps anything: in training, where a gradient of the input is wanted."""
         return self.training and torch.is_grad_enabled() and input.requires_grad
+
+
+def save_mask(ctx: Any, mask: Tensor) -> None:
+    """Save a bool tensor of any layout for backward, a bit per element, and nothing else."""
+    flat, ctx.layout = flatten(mask)
+    ctx.save_for_backward(ops.pack_bits(flat))
+
+
+def saved_mask(ctx: Any) -> Tensor:
+    """What :func:`save_mask` saved."""
+    (bits,) = ctx.saved_tensors
+    return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -96,10 +97,7 @@ def _window_starts(like: Tensor, dim: int, windows: Windows) -> Tensor:
 
 
 def _size(windows: Windows) -> int:
-    size = 1
-    for length in windows.kernel_size:
-        size *= length
-    return size
+    return math.prod(windows.kernel_size)
 
 
 class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit import ops
-from dropit.layers.layer import LosslessLayer
+from dropit.layers.layer import LosslessLayer, save_mask, saved_mask
 from dropit.layers.table import register
-from dropit.packed import flatten, unflatten
 
 
 class DropITReLUFunction(Function):
@@ -43,15 +41,12 @@ class DropITReLUFunction(Function):
         passes = output > 0 if ctx.slope else ~(output <= lower)
         if upper < math.inf:
             passes &= ~(output >= upper)
-        flat, ctx.layout = flatten(passes)
-        ctx.save_for_backward(ops.pack_bits(flat))
+        save_mask(ctx, passes)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output where it passes, slope * grad_output elsewhere."""
-        (bits,) = ctx.saved_tensors
-        passes = unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
-        grad_input = torch.where(passes, grad_output, grad_output * ctx.slope if ctx.slope else 0)
+        grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope if ctx.slope else 0)
         return grad_input, None, None, None, None
 
 

@@ -117,8 +117,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """(ceil(n / 8),) uint8 -> (n,) bool."""
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(1) >> shifts) & 1).view(-1)[:n].to(torch.bool)
+    return unpack_small(bits, 2, n).to(torch.bool)
 
 
 def pack_small(numbers: Tensor, limit: int) -> Tensor:

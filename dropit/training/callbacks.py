@@ -25,11 +25,14 @@ class CacheMonitor(Callback):
     def __init__(self) -> None:
         self.cache_mb = self.dense_mb = float("nan")
         self._meter: CacheMeter | None = None
+        self._dense_shape: torch.Size | None = None  # of the images that dense_mb is of
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before an epoch's first forward pass."""
         if batch_idx == 0:
-            self.dense_mb = _dense_bytes(trainer, pl_module, batch) / MIB
+            if batch[0].shape != self._dense_shape:  # what the plain model holds depends on nothing else
+                self.dense_mb = _dense_bytes(trainer, pl_module, batch) / MIB
+                self._dense_shape = batch[0].shape
             self._meter = CacheMeter(pl_module.model).__enter__()  # type: ignore[arg-type]
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
