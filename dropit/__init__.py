@@ -1,6 +1,6 @@
 """DropIT: train with the top-k elements of each layer's input in memory, not all of them."""
 
-from dropit.convert import COMPRESS, Coverage, coverage, from_dropit, to_dropit
+from dropit.convert import COMPRESS, VALUE_DTYPES, Coverage, coverage, from_dropit, to_dropit
 from dropit.layers import LosslessLayer, PackedInputLayer, register
 from dropit.memory import CacheMeter
 from dropit.strategies import STRATEGIES
@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __all__ = [
     "COMPRESS",
     "STRATEGIES",
+    "VALUE_DTYPES",
     "CacheMeter",
     "Coverage",
     "LosslessLayer",

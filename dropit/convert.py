@@ -7,15 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from dropit.layers import SWAPS, DropITLayer, PackedInputLayer, parent_in_table, plain_type, swap_for
 from dropit.packer import Packer
-from dropit.strategies import ElementStrategy, Strategy, make_strategy
+from dropit.strategies import ElementStrategy, make_strategy
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 COMPRESS = ("none", "lossless")
+VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _PLAIN = "plain: left out, or to_dropit was not called"
 
 Filter = Callable[[nn.Module, str], bool]
@@ -28,6 +30,7 @@ def to_dropit(
     *,
     block_size: int | None = None,
     per_sample: bool | None = None,
+    value_dtype: torch.dtype | str | None = None,
     compress: str = "lossless",
     filter_fn: Filter | None = None,
     seed: int | None = None,
@@ -37,6 +40,8 @@ def to_dropit(
     strategy: a name in ``dropit.STRATEGIES``. gamma: the fraction of the elements that is dropped, in [0, 1).
     block_size: elements in one block of "fastmink" (16384 if None).
     per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty the others.
+    value_dtype: what the kept elements are stored in where it is narrower than the input's dtype: torch.bfloat16, or
+    torch.int8 with a scale for each 128 of them ("bf16" and "int8" will do). None stores them as they are.
     compress: how layers without a weight keep what they keep: "none", as PyTorch does, or "lossless", with the same
     gradients bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go.
     filter_fn(module, fqn): which layers to convert.
@@ -47,7 +52,8 @@ def to_dropit(
     """
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
-    packer = Packer(make_strategy(strategy, gamma, block_size=block_size, per_sample=per_sample, seed=seed))
+    options = {"block_size": block_size, "per_sample": per_sample, "seed": seed}
+    packer = Packer(make_strategy(strategy, gamma, **options), _value_dtype(value_dtype))  # type: ignore[arg-type]
     targets = []
     for fqn, module in _spoken_of(model):
         swap = swap_for(plain_type(module))
@@ -55,7 +61,7 @@ def to_dropit(
             targets.append((module, swap))
     if not any(issubclass(swap, PackedInputLayer) for _, swap in targets):
         raise ValueError(_nothing_converted(model))
-    _warn_if_nothing_shrinks(packer.strategy, model)
+    _warn_if_nothing_shrinks(packer, model)
     for module, swap in targets:
         if issubclass(swap, PackedInputLayer):
             module.__class__ = swap  # type: ignore[assignment]
@@ -67,12 +73,20 @@ def to_dropit(
     return model
 
 
-def _warn_if_nothing_shrinks(strategy: Strategy, model: nn.Module) -> None:
+def _value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    dtype = VALUE_DTYPES.get(given, given) if isinstance(given, str) else given
+    if dtype is not None and dtype not in VALUE_DTYPES.values():
+        raise ValueError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {given!r}")
+    return dtype  # type: ignore[return-value]
+
+
+def _warn_if_nothing_shrinks(packer: Packer, model: nn.Module) -> None:
     itemsize = min((parameter.element_size() for parameter in model.parameters()), default=4)
     break_even = 1 / (8 * itemsize)  # a bit of position for each element, against itemsize bytes
-    if isinstance(strategy, ElementStrategy) and 0 < strategy.gamma <= break_even:
+    gamma = packer.strategy.gamma
+    if isinstance(packer.strategy, ElementStrategy) and packer.value_dtype is None and 0 < gamma <= break_even:
         warnings.warn(
-            f"gamma {strategy.gamma} saves nothing: positions take more than is dropped; inputs stay dense "
+            f"gamma {gamma} saves nothing: positions take more than is dropped; inputs stay dense "
             f"unless gamma is above {break_even:g}",
             stacklevel=3,
         )

@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor
 
 OFFSET_BLOCK = 256  # elements whose place fits a byte
+SCALE_GROUP = 128  # quantized values that share a scale
 
 
 class Layout(NamedTuple):
-    """How the elements of a dense tensor are numbered: in memory order, so that packing copies nothing first."""
+    """The dense tensor's form. Its elements are numbered in memory order, so that packing copies nothing first."""
 
     shape: Size
+    dtype: torch.dtype
     order: tuple[int, ...]  # dimensions, outermost in memory first; (0, 2, 3, 1) is channels_last
     channel_dim: int | None = None  # where whole channels are kept, instead of elements
 
@@ -24,9 +27,12 @@ class Layout(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """What is kept of one tensor. One that is kept whole has no positions, and its ``values`` are the tensor itself.
+    """What is kept of one tensor. One that is kept as it is has ``values`` that are the tensor itself, and no more.
 
-    ``values``: (k,), in memory order, in the tensor's dtype. ``positions``: uint8, of the smaller of two encodings:
+    ``values``: (k,), in memory order, in the tensor's dtype or in a narrower one. Those in int8 have ``scales``,
+    (ceil(k / 128),) bfloat16: value i stands for ``values[i] * scales[i // 128]``.
+
+    ``positions``: none where all is kept, or uint8 of the smaller of two encodings:
 
     - bits, (ceil(n / 8),): element 8 i + j of the dense tensor in bit j of byte i, set where the element is kept;
     - offsets, (2 b + k,): of each of the b = ceil(n / 256) blocks of 256 elements how many are kept (int16), then of
@@ -38,34 +44,48 @@ class Packed(NamedTuple):
 
     values: Tensor
     positions: Tensor | None
+    scales: Tensor | None
     layout: Layout
 
     @property
     def is_dense(self) -> bool:
-        """Whether the tensor was kept whole."""
-        return self.positions is None
+        """Whether the tensor was kept as it is."""
+        return self.positions is None and self.values.dtype == self.layout.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: values and positions."""
-        positions = 0 if self.positions is None else self.positions.nbytes
-        return self.values.nbytes + positions
+        """Bytes stored: values, positions and scales."""
+        return sum(part.nbytes for part in (self.values, self.positions, self.scales) if part is not None)
 
 
 def keep_dense(x: Tensor) -> Packed:
     """Keep ``x`` whole, by reference; a later change in place is noticed by autograd, as for ``x`` itself."""
-    return Packed(x.detach(), None, Layout(x.shape, tuple(range(x.dim()))))
+    return Packed(x.detach(), None, None, Layout(x.shape, x.dtype, tuple(range(x.dim()))))
 
 
-def packed_nbytes(n: int, kept: int, itemsize: int) -> int:
-    """Bytes that ``kept`` of ``n`` elements of ``itemsize`` bytes take when packed."""
-    return kept * itemsize + min(bits_nbytes(n), offsets_nbytes(n, kept))
+def packed_nbytes(n: int, kept: int, dtype: torch.dtype) -> int:
+    """Bytes that ``kept`` of ``n`` elements take when packed with values in ``dtype``."""
+    positions = min(bits_nbytes(n), offsets_nbytes(n, kept)) if kept < n else 0
+    return values_nbytes(kept, dtype) + positions
 
 
-def channels_nbytes(x: Tensor, channel_dim: int, kept: int) -> int:
-    """Bytes that ``kept`` channels of ``x`` take when packed."""
+def channels_nbytes(x: Tensor, channel_dim: int, kept: int, dtype: torch.dtype) -> int:
+    """Bytes that ``kept`` channels of ``x`` take when packed with values in ``dtype``."""
     channels = x.shape[channel_dim]
-    return x.numel() // channels * kept * x.element_size() + bits_nbytes(channels)
+    return values_nbytes(x.numel() // channels * kept, dtype) + bits_nbytes(channels)
+
+
+def values_nbytes(count: int, dtype: torch.dtype) -> int:
+    """Bytes of ``count`` values stored in ``dtype``, with their scales."""
+    scales = 2 * -(-count // SCALE_GROUP) if dtype is torch.int8 else 0
+    return count * dtype.itemsize + scales
+
+
+def narrower(dtype: torch.dtype, value_dtype: torch.dtype | None) -> torch.dtype:
+    """What values of a tensor of ``dtype`` are stored in, where ``value_dtype`` is asked for: never a wider type."""
+    if value_dtype is None or value_dtype.itemsize >= dtype.itemsize:
+        return dtype
+    return value_dtype
 
 
 def bits_nbytes(n: int) -> int:
@@ -94,11 +114,11 @@ def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
     order = memory_order(x)
     if outermost is not None:
         order = (outermost, *(dim for dim in order if dim != outermost))
-        return x.permute(order).reshape(-1), Layout(x.shape, order)
+        return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
     if not x.permute(order).is_contiguous():
         x = x.clone()  # dense, with the dimensions in the same order in memory as before where they had one
         order = memory_order(x)
-    return x.permute(order).reshape(-1), Layout(x.shape, order)
+    return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
 
 
 def unflatten(flat: Tensor, layout: Layout) -> Tensor:

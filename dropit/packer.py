@@ -24,15 +24,15 @@ class Packer:
     convolution and its shortcut, then save one packed copy of it. A tensor that was changed in place since is another.
     """
 
-    def __init__(self, strategy: Strategy) -> None:
+    def __init__(self, strategy: Strategy, value_dtype: torch.dtype | None = None) -> None:
         self.strategy = strategy
+        self.value_dtype = value_dtype  # what values are stored in where it is narrower than theirs
         self._known: Any = WeakTensorKeyDictionary()  # entries die with their tensor
 
     def pack(self, x: Tensor, source: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Packed:
         """Pack ``x``, which is ``source`` or what autocast made of it."""
-        dims = {"channel_dim": channel_dim, "batch_dim": batch_dim}
         if torch.compiler.is_compiling() or source.is_inference():
-            return self.strategy.pack(x, **dims)  # a compiler merges equal computations by itself
+            return self._pack(x, channel_dim, batch_dim)  # a compiler merges equal computations by itself
         if _is_mapped(x):
             return keep_dense(x)
         # Within a backward pass, where checkpointing runs a forward anew, all is packed anew: the same random numbers
@@ -41,18 +41,21 @@ class Packer:
         key = (source._version, x.dtype, channel_dim % x.dim(), batch_dim, backward)
         entry: _Entry | None = self._known.get(source)
         if entry is None or entry.key != key:
-            entry = _Entry(key, self.strategy.pack(x, **dims))
+            entry = _Entry(key, self._pack(x, channel_dim, batch_dim))
             self._known[source] = entry
         return entry.packed
 
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed:
+        return self.strategy.pack(x, channel_dim=channel_dim, batch_dim=batch_dim, value_dtype=self.value_dtype)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"strategy": self.strategy}
+        return {"strategy": self.strategy, "value_dtype": self.value_dtype}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return repr(self.strategy)
+        return repr(self.strategy) + (f", values in {self.value_dtype}" if self.value_dtype else "")
 
 
 def _is_mapped(x: Tensor) -> bool:

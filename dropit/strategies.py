@@ -21,6 +21,7 @@ from dropit.packed import (
     flatten,
     keep_dense,
     memory_order,
+    narrower,
     packed_nbytes,
 )
 
@@ -39,21 +40,27 @@ class Strategy(ABC):
         if not 0 <= self.gamma < 1:  # NaN fails too
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
 
-    def pack(self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Packed:
-        """Pack ``x``, or keep it dense where packing would not take fewer bytes (gamma 0, tiny tensors, integers)."""
+    def pack(
+        self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0, value_dtype: torch.dtype | None = None
+    ) -> Packed:
+        """Pack ``x``, or keep it as it is where that takes no more bytes (gamma 0, tiny tensors, integers).
+
+        ``value_dtype``: what to store values in where it is narrower than the tensor's dtype.
+        """
         if x.numel() == 0 or x.dtype not in _PACKABLE or x.layout is not torch.strided:
             return keep_dense(x)
-        if self.nbytes(x, channel_dim % x.dim(), batch_dim) >= dense_nbytes(x):
+        channel_dim %= x.dim()
+        if self.nbytes(x, channel_dim, batch_dim, narrower(x.dtype, value_dtype)) >= dense_nbytes(x):
             return keep_dense(x)
         with torch.no_grad():
-            return self._pack(x.detach(), channel_dim % x.dim(), batch_dim)
+            return self._pack(x.detach(), channel_dim, batch_dim, value_dtype)
 
     @abstractmethod
-    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int) -> int:
-        """Bytes that ``x`` takes when packed."""
+    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
+        """Bytes that ``x`` takes when packed with values in ``dtype``."""
 
     @abstractmethod
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed: ...
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed: ...
 
     def _share(self, n: int) -> int:
         """How many of n are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
@@ -66,9 +73,9 @@ class ElementStrategy(Strategy):
 
     per_sample: bool = False
 
-    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int) -> int:
+    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
         """Values and positions."""
-        return packed_nbytes(x.numel(), self._total(x, batch_dim), x.element_size())
+        return packed_nbytes(x.numel(), self._total(x, batch_dim), dtype)
 
     def count(self, n: int) -> int:
         """How many of ``n`` elements are kept."""
@@ -85,11 +92,11 @@ class ElementStrategy(Strategy):
         samples = self._samples(x, batch_dim)
         return samples * self.count(x.numel() // samples)
 
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed:
-        samples = self._samples(x, batch_dim)
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
+        samples, total = self._samples(x, batch_dim), self._total(x, batch_dim)
         flat, layout = flatten(x, outermost=batch_dim if samples > 1 else None)
-        mask = self.select(flat.view(samples, -1)).view(-1)
-        return ops.pack(flat, mask, self._total(x, batch_dim), layout)
+        mask = self.select(flat.view(samples, -1)).view(-1) if total < x.numel() else None
+        return ops.pack(flat, mask, total, layout, value_dtype)
 
 
 @dataclass(frozen=True)
@@ -167,18 +174,18 @@ class Random(_Draws, ElementStrategy):
 class ChannelStrategy(Strategy):
     """Keeps whole channels: dim 1 of a convolution's input, the last of a Linear's."""
 
-    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int) -> int:
+    def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
         """Values and positions."""
-        return channels_nbytes(x, channel_dim, self._share(x.shape[channel_dim]))
+        return channels_nbytes(x, channel_dim, self._share(x.shape[channel_dim]), dtype)
 
     @abstractmethod
     def score(self, x: Tensor, channel_dim: int) -> Tensor:
         """The channels' scores, (channels,) integers: the largest stay; of equal ones, the first."""
 
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed:
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
         count = self._share(x.shape[channel_dim])
         mask = ops.topk_mask(self.score(x, channel_dim).unsqueeze(0), count).squeeze(0)
-        return ops.pack_channels(x, mask, count, Layout(x.shape, memory_order(x), channel_dim))
+        return ops.pack_channels(x, mask, count, Layout(x.shape, x.dtype, memory_order(x), channel_dim), value_dtype)
 
 
 @dataclass(frozen=True)

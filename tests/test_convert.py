@@ -81,6 +81,23 @@ def test_an_unknown_way_to_compress_is_refused():
         dropit.to_dropit(small_net(), compress="zip")
 
 
+@pytest.mark.parametrize("given", ["int8", torch.int8])
+def test_values_are_stored_as_narrow_as_asked_for(given):
+    layer = dropit.to_dropit(nn.Linear(640, 8), gamma=0.9, value_dtype=given)
+    assert "values in torch.int8" in repr(layer)
+    with dropit.CacheMeter(layer) as meter:
+        y = layer(torch.randn(40, 640))
+    kept = 2560
+    assert meter.total_bytes == kept + kept // 128 * 2 + kept + 40 * 640 // 128  # values, scales, offsets and counts
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("given", ["int3", torch.float64, 8])
+def test_an_unknown_value_dtype_is_refused(given):
+    with pytest.raises(ValueError, match="value_dtype must be one of bf16, bfloat16, int8, got"):
+        dropit.to_dropit(small_net(), value_dtype=given)
+
+
 def test_from_dropit_undoes_it():
     model = small_net()
     before = [(type(module), set(vars(module))) for module in model.modules()]

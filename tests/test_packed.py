@@ -31,8 +31,10 @@ def test_flatten_copies_nothing_where_the_tensor_has_no_gaps(name):
 
 
 def test_packed_counts_what_it_stores():
-    packed = Packed(torch.zeros(3), torch.zeros(2, dtype=torch.uint8), Layout(torch.Size((2, 5)), (0, 1)))
-    assert packed.nbytes == packed_nbytes(10, 3, itemsize=4) == 3 * 4 + 2
+    packed = Packed(
+        torch.zeros(3), torch.zeros(2, dtype=torch.uint8), None, Layout(torch.Size((2, 5)), torch.float32, (0, 1))
+    )
+    assert packed.nbytes == packed_nbytes(10, 3, torch.float32) == 3 * 4 + 2
     assert not packed.is_dense
 
 
@@ -52,5 +54,5 @@ def test_the_arithmetic_of_more_than_two_to_the_31_elements():
     n = 2**33
     x = torch.empty(n, device="meta")
     assert dense_nbytes(x) == 4 * n
-    assert packed_nbytes(n, n // 10, itemsize=4) == 5 * (n // 10) + n // 128  # offsets
-    assert packed_nbytes(n, n // 2, itemsize=4) == 2 * n + n // 8  # bits
+    assert packed_nbytes(n, n // 10, torch.float32) == 5 * (n // 10) + n // 128  # offsets
+    assert packed_nbytes(n, n // 2, torch.float32) == 2 * n + n // 8  # bits

@@ -31,7 +31,7 @@ def test_a_tensor_read_by_three_layers_is_held_once():
         y = model(x)
     assert meter.total_bytes == model.q.strategy.pack(x).nbytes
     y.sum().backward()
-    expected = torch.ones(32, 40) @ masked(model.q.strategy, x)
+    expected = torch.ones(32, 40) @ masked(model.q.packer, x)
     for layer in (model.q, model.k, model.v):
         torch.testing.assert_close(layer.weight.grad, expected)
 
@@ -55,7 +55,7 @@ def test_a_change_in_place_between_two_readers_is_noticed():
     second = model.k(x)
     (first + second).sum().backward()
     for layer, seen in ((model.q, before), (model.k, x)):
-        expected = torch.ones(32, 40) @ masked(layer.strategy, seen)
+        expected = torch.ones(32, 40) @ masked(layer.packer, seen)
         torch.testing.assert_close(layer.weight.grad, expected)
 
 
@@ -65,7 +65,7 @@ def test_a_repeated_layer_packs_its_input_each_time_it_is_another():
     hidden = linear(x)
     linear(hidden).sum().backward()
     ones = torch.ones(20, 32)
-    expected = ones.T @ masked(linear.strategy, hidden) + (ones @ linear.weight).T @ masked(linear.strategy, x)
+    expected = ones.T @ masked(linear.packer, hidden) + (ones @ linear.weight).T @ masked(linear.packer, x)
     torch.testing.assert_close(linear.weight.grad, expected)
 
 

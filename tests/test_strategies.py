@@ -118,6 +118,29 @@ def test_packed_is_always_smaller_than_dense(dtype):
             assert packed.is_dense or packed.nbytes < x.nbytes
 
 
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+def test_narrow_values_take_fewer_bytes_and_are_the_kept_ones_rounded(name, dtype, value_dtype, gamma):
+    seed = {"seed": 1} if "random" in name else {}
+    x = torch.randn(4, 40, 64).to(dtype)
+    exact = make_strategy(name, gamma, **seed).pack(x, channel_dim=1)
+    packed = make_strategy(name, gamma, **seed).pack(x, channel_dim=1, value_dtype=value_dtype)
+    if value_dtype.itemsize >= dtype.itemsize:
+        assert packed.values.dtype == dtype
+        assert packed.nbytes == exact.nbytes
+        return
+    assert packed.values.dtype == value_dtype
+    assert packed.nbytes < exact.nbytes
+    assert packed.nbytes == make_strategy(name, gamma).nbytes(x, 1, 0, value_dtype) or gamma == 0.0
+    got, kept_exactly = ops.unpack(packed), ops.unpack(exact)
+    assert got.dtype == dtype
+    step = x.abs().max().item() / (127 if value_dtype is torch.int8 else 256)
+    torch.testing.assert_close(got, kept_exactly, rtol=0, atol=step)
+    assert not got[kept_exactly == 0].any()
+
+
 def test_packing_is_the_same_for_any_number_of_threads():
     x = torch.randn(200_000).round(decimals=1)  # many ties
     threads = torch.get_num_threads()
@@ -146,7 +169,7 @@ def test_channels_are_stored_whole_with_a_bit_each():
     packed = MinKChannels(0.9).pack(x, channel_dim=1)
     assert packed.values.shape == (3, 2, 4, 5)
     assert packed.positions.shape == (3,)
-    assert packed.nbytes == MinKChannels(0.9).nbytes(x, 1, 0)
+    assert packed.nbytes == MinKChannels(0.9).nbytes(x, 1, 0, x.dtype)
 
 
 def test_of_channels_with_equal_norms_the_first_stays():

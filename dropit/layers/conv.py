@@ -41,29 +41,30 @@ class DropITConvFunction(Function):
         geometry: Geometry,
         values: Tensor | None,
         positions: Tensor | None,
+        scales: Tensor | None,
         layout: Layout | None,
     ) -> Tensor:
-        """The plain forward; values, positions and layout are the packed input, if grad_weight is wanted."""
+        """The plain forward; values, positions, scales and layout are the packed input, if grad_weight is wanted."""
         return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the weight and the packed input."""
-        input, weight, _, ctx.geometry, values, positions, ctx.layout = inputs
+        input, weight, _, ctx.geometry, values, positions, scales, ctx.layout = inputs
         ctx.input_shape = input.shape
-        ctx.save_for_backward(weight, values, positions)
+        ctx.save_for_backward(weight, values, positions, scales)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
-        weight, values, positions = ctx.saved_tensors
+        weight, values, positions, scales = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         shape_only = grad_output.new_zeros(()).expand(ctx.input_shape)  # all that grad_input asks of the input
-        input = ops.unpack(Packed(values, positions, ctx.layout)) if wanted[1] else shape_only
+        input = ops.unpack(Packed(values, positions, scales, ctx.layout)) if wanted[1] else shape_only
         bias_shape = [grad_output.shape[1]]
         grads = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *ctx.geometry, wanted)
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
@@ -71,7 +72,7 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     if input.dim() < weight.dim():
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
     x, w, b = autocast(input, weight, bias)
-    packed = packer.pack(x, input, channel_dim=1) if weight.requires_grad else (None, None, None)
+    packed = packer.pack(x, input, channel_dim=1) if weight.requires_grad else (None,) * 4
     return DropITConvFunction.apply(x, w, b, geometry, *packed)  # type: ignore[no-any-return]
 
 

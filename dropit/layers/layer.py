@@ -38,7 +38,7 @@ class PackedInputLayer(DropITLayer):
 
     def extra_repr(self) -> str:
         """The plain layer's, and the strategy."""
-        return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.strategy}"]))
+        return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.packer}"]))
 
 
 class LosslessLayer(DropITLayer):

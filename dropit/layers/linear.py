@@ -28,39 +28,40 @@ class DropITLinearFunction(Function):
         bias: Tensor | None,
         values: Tensor | None,
         positions: Tensor | None,
+        scales: Tensor | None,
         layout: Layout | None,
     ) -> Tensor:
-        """The plain forward; values, positions and layout are the packed input, if grad_weight is wanted."""
+        """The plain forward; values, positions, scales and layout are the packed input, if grad_weight is wanted."""
         return F.linear(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the packed input, and the weight if grad_input is wanted."""
-        _, weight, _, values, positions, ctx.layout = inputs
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, values, positions)
+        _, weight, _, values, positions, scales, ctx.layout = inputs
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, values, positions, scales)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., out). Returns grad_input (..., in), grad_weight (out, in), grad_bias (out,)."""
-        weight, values, positions = ctx.saved_tensors
+        weight, values, positions, scales = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])  # (samples, out)
         if needs_input:
             grad_input = grad_output @ weight
         if needs_weight:
-            input = ops.unpack(Packed(values, positions, ctx.layout))
+            input = ops.unpack(Packed(values, positions, scales, ctx.layout))
             grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
         if needs_bias:
             grad_bias = rows.sum(dim=0)
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packer: Packer, *, batch_dim: int = 0) -> Tensor:
     """``F.linear`` that keeps for backward only what ``packer`` makes of ``input`` (..., in)."""
     x, w, b = autocast(input, weight, bias)
-    packed = packer.pack(x, input, batch_dim=batch_dim) if weight.requires_grad else (None, None, None)
+    packed = packer.pack(x, input, batch_dim=batch_dim) if weight.requires_grad else (None,) * 4
     return DropITLinearFunction.apply(x, w, b, *packed)  # type: ignore[no-any-return]
 
 

@@ -51,6 +51,7 @@ def convert(model: nn.Module, cfg: CfgNode) -> None:
             cfg.DROPIT.STRATEGY,
             cfg.DROPIT.GAMMA,
             compress=cfg.DROPIT.COMPRESS,
+            value_dtype=cfg.DROPIT.VALUE_DTYPE or None,
             filter_fn=wanted,
             **blocks,
         )

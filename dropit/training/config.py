@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from dropit import COMPRESS, STRATEGIES
+from dropit import COMPRESS, STRATEGIES, VALUE_DTYPES
 from dropit.training.errors import ConfigError
 from dropit.training.models import ARCHS, STEMS
 
@@ -71,6 +71,8 @@ def defaults() -> CfgNode:
     cfg.DROPIT.D = 16384
     # How layers without a weight keep what they keep: none (as PyTorch does) or lossless (ReLU as bits, ...)
     cfg.DROPIT.COMPRESS = "lossless"
+    # What the kept elements are stored in where that is narrower than theirs: bf16, int8, or "" for no other
+    cfg.DROPIT.VALUE_DTYPE = ""
     # Names of layers to leave plain; * matches any part of a name
     cfg.DROPIT.SKIP = []
 
@@ -171,6 +173,7 @@ CHOICES: dict[str, Sequence[str]] = {
     "MODEL.STEM": STEMS,
     "DROPIT.STRATEGY": tuple(STRATEGIES),
     "DROPIT.COMPRESS": COMPRESS,
+    "DROPIT.VALUE_DTYPE": ("", *VALUE_DTYPES),
     "SOLVER.SCHEDULE": ("multistep", "cosine"),
     "ACCELERATOR": ("auto", "gpu", "cpu"),
 }

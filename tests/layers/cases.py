@@ -5,9 +5,10 @@ import torch
 from dropit import ops
 
 
-def masked(strategy, x, **dims):
-    """x as the layer's backward sees it: what the strategy keeps, zeros elsewhere."""
-    return ops.unpack(strategy.pack(x.detach(), **dims))
+def masked(packer, x, **dims):
+    """x as the layer's backward sees it: what the packer keeps, zeros elsewhere."""
+    x = x.detach()
+    return ops.unpack(packer.pack(x, x, **dims))
 
 
 def gradients(outputs, grad_output, inputs):

@@ -68,6 +68,7 @@ def random_strategy(rng):
         options["block_size"] = rng.choice([7, 64, 256, None])
     if not name.endswith("_c"):
         options["per_sample"] = rng.random() < 0.3
+    options["value_dtype"] = rng.choice([None, None, None, "bf16", "int8"])
     return {"strategy": name, "gamma": gamma, **options}
 
 
@@ -81,7 +82,7 @@ def check(case):
     x = random_layout(rng, shape, dtype).requires_grad_()
 
     # The inputs as the two backward passes see them: a copy of the strategy makes the same choice once more.
-    strategy = copy.deepcopy(ours.strategy)
+    packer = copy.deepcopy(ours.packer)
     y = ours(x)
     exact = plain(x)
     close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
@@ -94,19 +95,19 @@ def check(case):
     for index in range(len(inputs)):
         if index != 1:
             torch.testing.assert_close(got[index], true[index], **close)
-    by_hand = gradients(after_padding(ours, plain, x, strategy), grad_output, [plain.weight])[0]
+    by_hand = gradients(after_padding(ours, plain, x, packer), grad_output, [plain.weight])[0]
     scale = max(1.0, by_hand.abs().max().item())  # sums of many products: the error grows with them
     torch.testing.assert_close(got[1] / scale, by_hand / scale, **close)
 
 
-def after_padding(ours, plain, x, strategy):
+def after_padding(ours, plain, x, packer):
     """The plain layer's output of the masked input; where padding is a step of its own, it comes before the mask."""
     x = x.detach()
     if isinstance(plain, nn.Linear):
-        return plain(masked(strategy, x))
+        return plain(masked(packer, x))
     seen, rest = ours._pad(x) if hasattr(ours, "_pad") else (x, None)
     batched = seen if x.dim() == plain.weight.dim() else seen.unsqueeze(0)
-    kept = masked(strategy, batched, channel_dim=1)
+    kept = masked(packer, batched, channel_dim=1)
     if seen is x:
         y = plain(kept)
     else:

@@ -120,3 +120,56 @@ def test_small_numbers_come_back_from_the_fewest_bits(limit, n):
     bits = next(bits for bits in (1, 2, 4, 8) if limit <= 2**bits)
     assert stored.numel() == -(-n * bits // 8)
     assert torch.equal(ops.unpack_small(stored, limit, n), numbers)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (127,), (128,), (1000,), (5, 7, 9)], ids=str)
+def test_quantized_values_are_within_half_a_step(dtype, shape):
+    x = (torch.randn(shape) * 10).to(dtype)
+    steps, scales = ops.quantize(x)
+    assert steps.dtype == torch.int8
+    assert steps.shape == x.shape
+    assert scales.shape == (-(-x.numel() // 128),)
+    back = ops.dequantize(steps, scales, dtype)
+    assert back.dtype == dtype
+    groups = x.double().flatten().split(128)
+    half = torch.cat([torch.full((len(group),), group.abs().max().item() / 127 / 2) for group in groups])
+    rounding = torch.finfo(dtype).eps * x.double().flatten().abs()  # of the product, in the tensor's own precision
+    error = (back.double() - x.double()).flatten().abs()
+    assert (error <= half * 1.01 + rounding).all()  # a bfloat16 scale is up to 0.4 % larger than max / 127
+
+
+def test_quantization_by_hand():
+    x = torch.tensor([127.0, -64.0, 0.4, 0.6, -0.5, 1.5] + [0.0] * 122 + [254.0, -3.0])
+    steps, scales = ops.quantize(x)
+    assert scales.tolist() == [1.0, 2.0]
+    assert steps[:6].tolist() == [127, -64, 0, 1, 0, 2]  # ties go to the even step
+    assert steps[-2:].tolist() == [127, -2]
+    assert ops.dequantize(steps, scales, torch.float32)[-2:].tolist() == [254.0, -4.0]
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-40, 3e38], ids=str)
+def test_quantized_extremes_stay_finite(value):
+    x = torch.full((130,), value)
+    back = ops.dequantize(*ops.quantize(x), torch.float32)
+    assert back.isfinite().all()
+    torch.testing.assert_close(back, x, rtol=0.01, atol=1e-38)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_spoils_its_group_and_no_other(value):
+    x = torch.ones(300)
+    x[130] = value
+    back = ops.dequantize(*ops.quantize(x), torch.float32)
+    assert back[128:256].isnan().all()
+    assert back[:128].isfinite().all()
+    assert back[256:].isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1000, 1, 130])
+def test_all_that_is_kept_needs_no_positions(n):
+    x = torch.randn(n)
+    packed = ops.pack(x, None, n, flatten(x)[1], torch.bfloat16)
+    assert packed.positions is None
+    assert packed.nbytes == 2 * n
+    assert torch.equal(ops.unpack(packed), x.bfloat16().float())
