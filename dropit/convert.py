@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dropit.layers import SWAPS, DropITLayer, PackedInputLayer, parent_in_table, plain_type, swap_for
+from dropit.memory import CacheMeter
 from dropit.packer import Packer
 from dropit.strategies import ElementStrategy, make_strategy
 
@@ -108,16 +109,20 @@ def _restore(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One layer of the report. ``reason`` is empty where the layer is converted."""
+    """One layer of the report. ``reason`` is empty where the layer is converted.
+
+    ``note`` says what keeps a converted layer from helping, where a CacheMeter has seen it.
+    """
 
     fqn: str
     type: str
     reason: str
+    note: str = ""
 
     @property
     def status(self) -> str:
-        """ "converted", or why not."""
-        return self.reason or "converted"
+        """ "converted", and what keeps it from helping; or why it is not."""
+        return self.reason or ", but ".join(filter(None, ["converted", self.note]))
 
 
 class Coverage(list[LayerCoverage]):
@@ -135,15 +140,32 @@ class Coverage(list[LayerCoverage]):
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """One line: "converted 9 of 17"."""
-        return f"converted {self.converted} of {len(self)}"
+        """One line: "converted 9 of 17", and how many of these do not help."""
+        hindered = sum(bool(row.note) for row in self)
+        but = f", of which {hindered} free nothing (their notes say why)" if hindered else ""
+        return f"converted {self.converted} of {len(self)}{but}"
 
 
-def coverage(model: nn.Module) -> Coverage:
-    """Say of each layer that DropIT could make keep less whether it is converted, or why not."""
+def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
+    """Say of each layer that DropIT could make keep less whether it is converted, or why not.
+
+    With a ``meter`` that measured a step of this model, say also which converted layers cannot help: those whose input
+    another operation holds as well (a functional ``F.relu`` cannot be swapped), and those that were not called.
+    """
     return Coverage(
-        LayerCoverage(fqn, plain_type(module).__name__, _reason(module)) for fqn, module in _spoken_of(model)
+        LayerCoverage(fqn, plain_type(module).__name__, _reason(module), _note(module, fqn, meter))
+        for fqn, module in _spoken_of(model)
     )
+
+
+def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
+    if meter is None or not isinstance(module, PackedInputLayer):
+        return ""
+    if not meter.ran(fqn):
+        return "not called: another module may read its weight by itself"
+    elsewhere = meter.held_elsewhere(fqn)
+    holders = " and ".join(f"{holder} ({nbytes / 2**20:.2f} MiB)" for holder, nbytes in elsewhere.items())
+    return f"its input stays held by {holders}" if holders else ""
 
 
 def _spoken_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -38,12 +38,14 @@ class CacheMeter:
         self._retain = retain
         self._saved: list[weakref.ref[_Saved]] = []
         self._running: list[str] = []  # the names of the modules that are running, innermost last
+        self._inputs: dict[str, list[StorageWeakRef]] = defaultdict(list)  # what each module that ran was given
         self._operators: dict[int, str] = {}  # sequence number of a graph node -> its name
         self._entries: list[_Entry] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> CacheMeter:
         self._saved.clear()
+        self._inputs.clear()
         self._entries = None
         for fqn, module in self._model.named_modules():
             self._watch(fqn, module)
@@ -68,6 +70,20 @@ class CacheMeter:
         """Bytes by who saves them; "Convolution + Relu" are tensors that both hold. Sums to ``total_bytes``."""
         return _sum_by((" + ".join(sorted(set(entry.operators))), entry.nbytes) for entry in self._held())
 
+    def ran(self, fqn: str) -> bool:
+        """Whether the module of this name was called."""
+        return fqn in self._inputs
+
+    def held_elsewhere(self, fqn: str) -> dict[str, int]:
+        """Bytes of the module's own inputs that it does not hold itself, by who does ("Relu in layer1")."""
+        inputs = {storage.cdata for storage in self._inputs[fqn]} if self.ran(fqn) else set()
+        return _sum_by(
+            (f"{operator} in {module or 'the model'}", entry.nbytes)
+            for entry in self._held()
+            if entry.storage in inputs and fqn not in entry.modules
+            for operator, module in [(" + ".join(sorted(set(entry.operators))), entry.modules[0])]
+        )
+
     def __str__(self) -> str:
         total = self.total_bytes
         rows = self.by_operator()
@@ -83,9 +99,12 @@ class CacheMeter:
 
     def _watch(self, fqn: str, module: nn.Module) -> None:
         # A compiled model is counted whole, without names: its graph has no place for these hooks.
-        def enter(*_: object) -> None:
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
             if not torch.compiler.is_compiling():
                 self._running.append(fqn)
+                self._inputs[fqn] += [
+                    StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _is_read(t)
+                ]
 
         def leave(module: nn.Module, args: object, output: object) -> None:
             if torch.compiler.is_compiling():
@@ -94,7 +113,7 @@ class CacheMeter:
             if module is self._model:
                 self._name_operators(output)
 
-        self._stack.enter_context(module.register_forward_pre_hook(enter))
+        self._stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         self._stack.enter_context(module.register_forward_hook(leave, always_call=True))
 
     def _name_operators(self, output: object) -> None:
@@ -133,14 +152,21 @@ class CacheMeter:
         self._entries = [self._entry(group) for group in groups.values()]
 
     def _entry(self, group: list[_Saved]) -> _Entry:
-        operators = [self._operators.get(saved.node, OUTSIDE) for saved in group]
-        return _Entry(group[0].nbytes, [saved.module for saved in group], operators)
+        operators = [self._operator_of(saved) for saved in group]
+        return _Entry(group[0].storage.cdata, group[0].nbytes, [saved.module for saved in group], operators)
+
+    def _operator_of(self, saved: _Saved) -> str:
+        if saved.module == OUTSIDE:
+            return self._operators.get(saved.node, OUTSIDE)
+        # An operation in place saves a copy of what it overwrites, and the copy takes the number after its own.
+        return self._operators.get(saved.node) or self._operators.get(saved.node - 1, OUTSIDE)
 
 
 @dataclass
 class _Entry:
     """One storage that is held, and by whom."""
 
+    storage: int
     nbytes: int
     modules: list[str]
     operators: list[str]
@@ -157,6 +183,16 @@ class _Saved:
         self.nbytes = tensor.untyped_storage().nbytes()
         self.module = module
         self.node = node
+
+
+def _is_read(leaf: object) -> bool:
+    """Whether a module reads this very tensor, and not what autocast makes of it."""
+    if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided:
+        return False
+    device = leaf.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return True
+    return leaf.dtype == torch.get_autocast_dtype(device)
 
 
 def _operator(node: Node) -> str:

@@ -183,6 +183,29 @@ def test_coverage_says_of_each_layer_what_became_of_it():
     assert table[-1] == "converted 3 of 5"
 
 
+def test_coverage_with_a_meter_names_what_keeps_a_layer_from_helping():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return nn.functional.linear(self.second(torch.relu(self.first(x))), self.third.weight)
+
+    model = dropit.to_dropit(Net())
+    with dropit.CacheMeter(model) as meter:
+        y = model(torch.randn(4096, 64))
+    report = dropit.coverage(model, meter)
+    assert [row.status for row in report] == [
+        "converted",
+        "converted, but its input stays held by Relu in the model (1.00 MiB)",
+        "converted, but not called: another module may read its weight by itself",
+    ]
+    assert report.summary() == "converted 3 of 3, of which 2 free nothing (their notes say why)"
+    assert dropit.coverage(model).summary() == "converted 3 of 3"
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 def test_a_subclass_with_its_parents_forward_is_converted_and_can_be_copied(duplicate):
     layer = dropit.to_dropit(Subclass(64, 8))

@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
     "dropit.packer": {"dropit.packed", "dropit.strategies"},
     "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.packer"},
-    "dropit.convert": {"dropit.layers", "dropit.strategies", "dropit.packer"},
+    "dropit.convert": {"dropit.layers", "dropit.strategies", "dropit.packer", "dropit.memory"},
     "dropit.memory": set(),
     "dropit": {"dropit.convert", "dropit.layers", "dropit.memory", "dropit.strategies"},
 }

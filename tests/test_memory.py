@@ -62,6 +62,46 @@ def test_the_loss_counts_as_outside():
     del loss
 
 
+def test_an_operation_in_place_is_known_by_its_name():
+    model = nn.Sequential(nn.Linear(8, 16), nn.SiLU(inplace=True), nn.Linear(16, 4))
+    with CacheMeter(model) as meter:
+        y = model(torch.randn(10, 8))
+    assert meter.by_operator() == {"Addmm": 4 * (80 + 160), "Silu": 4 * 160}
+    del y
+
+
+class FunctionalReLU(nn.Module):
+    """One linear layer reads what a functional ReLU holds, one what nobody else does; one is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return nn.functional.linear(self.second(torch.relu(self.first(x))), self.third.weight)
+
+
+def test_who_else_holds_a_modules_input():
+    model = dropit.to_dropit(FunctionalReLU())
+    with CacheMeter(model) as meter:
+        y = model(torch.randn(100, 64))
+    assert meter.ran("second")
+    assert not meter.ran("third")
+    assert meter.held_elsewhere("first") == meter.held_elsewhere("third") == {}
+    assert meter.held_elsewhere("second") == {"Relu in the model": 100 * 64 * 4}
+    del y
+
+
+def test_what_autocast_copies_is_not_held_elsewhere():
+    model = dropit.to_dropit(FunctionalReLU())
+    with CacheMeter(model) as meter, torch.autocast("cpu", torch.bfloat16):
+        y = torch.relu(model.first(torch.randn(100, 64))).float().exp()
+        z = model.second(y)  # of exp, which holds y, it reads a copy in bfloat16
+    assert meter.ran("second")
+    assert meter.held_elsewhere("second") == {}
+    del z
+
+
 def test_measuring_changes_no_gradient_and_leaves_no_hook():
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     x = torch.randn(10, 8)

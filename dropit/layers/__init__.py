@@ -1,6 +1,6 @@
 """The layers that swap in, one family a file; importing a file enters its layers in the table."""
 
-from dropit.layers import attention, conv, dropout, pool, relu
+from dropit.layers import attention, avg_pool, conv, dropout, pool, relu, transformer
 from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import SWAPS, parent_in_table, plain_type, register, swap_for
@@ -11,6 +11,7 @@ __all__ = [
     "LosslessLayer",
     "PackedInputLayer",
     "attention",
+    "avg_pool",
     "conv",
     "dropit_linear",
     "dropout",
@@ -20,4 +21,5 @@ __all__ = [
     "register",
     "relu",
     "swap_for",
+    "transformer",
 ]

@@ -61,6 +61,18 @@ def saved_mask(ctx: Any) -> Tensor:
     return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
 
 
+def save_form(ctx: Any, input: Tensor) -> None:
+    """Remember the shape and the layout of ``input``, and none of its elements."""
+    ctx.input_shape = input.shape
+    ctx.channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+
+
+def placeholder(ctx: Any, like: Tensor) -> Tensor:
+    """A tensor of the form that :func:`save_form` saw, for operators that look at no more; dtype as ``like``."""
+    layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+    return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=layout)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast would make of the arguments of a Linear or Conv, done where autograd still sees it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)

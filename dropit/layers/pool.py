@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import LosslessLayer
+from dropit.layers.layer import LosslessLayer, placeholder, save_form
 from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 
@@ -44,8 +44,7 @@ class DropITMaxPoolFunction(Function):
         input, ctx.windows = inputs
         indices = output[1]
         ctx.mark_non_differentiable(indices)
-        ctx.input_shape = input.shape
-        ctx.channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+        save_form(ctx, input)
         offsets = window_offsets(indices, input.shape, ctx.windows)
         flat, ctx.layout = flatten(offsets)
         ctx.save_for_backward(ops.pack_small(flat, _size(ctx.windows)))
@@ -56,10 +55,8 @@ class DropITMaxPoolFunction(Function):
         (stored,) = ctx.saved_tensors
         offsets = ops.unpack_small(stored, _size(ctx.windows), ctx.layout.numel)
         indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
-        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        # Only the shape and the layout of the input are looked at.
-        like = torch.empty(ctx.input_shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
-        return _BACKWARD[len(ctx.windows.kernel_size)](grad_output, like, *ctx.windows, indices), None
+        backward = _BACKWARD[len(ctx.windows.kernel_size)]
+        return backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices), None
 
 
 def window_offsets(indices: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:

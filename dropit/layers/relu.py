@@ -50,6 +50,11 @@ class DropITReLUFunction(Function):
         return grad_input, None, None, None, None
 
 
+def dropit_relu(input: Tensor, inplace: bool = False) -> Tensor:
+    """``F.relu`` that keeps a bit per element."""
+    return DropITReLUFunction.apply(input, 0.0, math.inf, 0.0, inplace)  # type: ignore[no-any-return]
+
+
 @register
 class DropITReLU(LosslessLayer, nn.ReLU):
     """nn.ReLU that keeps a bit per element."""
@@ -60,7 +65,7 @@ class DropITReLU(LosslessLayer, nn.ReLU):
         """input: any shape."""
         if not self.packs(input):
             return super().forward(input)
-        return DropITReLUFunction.apply(input, 0.0, math.inf, 0.0, self.inplace)  # type: ignore[no-any-return]
+        return dropit_relu(input, self.inplace)
 
 
 @register

@@ -13,7 +13,7 @@ SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
 # Types of packages that are not imported unless the model brings them: the module here that has their layer.
 _LAZY = {("transformers.pytorch_utils", "Conv1D"): "dropit.layers.huggingface"}
 # What else of a class decides what its forward computes.
-_PARTS_OF_FORWARD = ("forward", "_conv_forward")
+_PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
 
 Layer = TypeVar("Layer", bound=type[DropITLayer])
 

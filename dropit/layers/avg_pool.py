@@ -1,0 +1,146 @@
+"""Average pooling that keeps nothing: its gradient needs the input's shape only, where PyTorch keeps the input."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from dropit.layers.layer import LosslessLayer, placeholder, save_form
+from dropit.layers.table import register
+
+_aten = torch.ops.aten
+_FORWARD = {2: _aten.avg_pool2d, 3: _aten.avg_pool3d}
+_BACKWARD = {2: _aten.avg_pool2d_backward, 3: _aten.avg_pool3d_backward}
+_ADAPTIVE_FORWARD = {2: _aten._adaptive_avg_pool2d, 3: _aten._adaptive_avg_pool3d}
+_ADAPTIVE_BACKWARD = {2: _aten._adaptive_avg_pool2d_backward, 3: _aten._adaptive_avg_pool3d_backward}
+
+
+class DropITAvgPoolFunction(Function):
+    """y = the means of windows of x."""
+
+    @staticmethod
+    def forward(input: Tensor, windows: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        """The plain forward; ``windows`` are the further arguments of PyTorch's operator, the window's size first."""
+        return _FORWARD[len(windows[0])](input, *windows)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Remember the input's shape."""
+        input, ctx.windows = inputs
+        save_form(ctx, input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Each window's gradient, spread over its elements."""
+        return _BACKWARD[len(ctx.windows[0])](grad_output, placeholder(ctx, grad_output), *ctx.windows), None
+
+
+class DropITAdaptiveAvgPoolFunction(Function):
+    """y = the means of ``sizes`` windows of x."""
+
+    @staticmethod
+    def forward(input: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+        """The plain forward."""
+        return _ADAPTIVE_FORWARD[len(sizes)](input, sizes)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Remember the input's shape."""
+        input, sizes = inputs
+        ctx.dimensions = len(sizes)
+        save_form(ctx, input)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Each window's gradient, spread over its elements."""
+        return _ADAPTIVE_BACKWARD[ctx.dimensions](grad_output, placeholder(ctx, grad_output)), None
+
+
+class _DropITAvgPool(LosslessLayer, nn.modules.pooling._AvgPoolNd):
+    dimensions: int
+
+    def forward(self, input: Tensor) -> Any:
+        """input: (N, C, *spatial) or (C, *spatial)."""
+        if not self.packs(input):
+            return super().forward(input)  # type: ignore[misc]
+        sizes = [self._each(getattr(self, name)) for name in ("kernel_size", "stride", "padding")]
+        rest = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
+        if self.dimensions > 1:
+            return DropITAvgPoolFunction.apply(input, (*sizes, *rest))
+        # One dimension is two, as PyTorch has it.
+        flat = [[neutral, *size] for neutral, size in zip((1, 1, 0), sizes, strict=True)]
+        return DropITAvgPoolFunction.apply(input.unsqueeze(-2), (*flat, *rest)).squeeze(-2)
+
+    def _each(self, size: int | Sequence[int]) -> list[int]:
+        return [size] * self.dimensions if isinstance(size, int) else list(size)
+
+
+class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolNd):
+    dimensions: int
+
+    def forward(self, input: Tensor) -> Any:
+        """input: (N, C, *spatial) or (C, *spatial)."""
+        sizes = self._sizes(input)
+        if not self.packs(input) or all(size == 1 for size in sizes):  # that one is a mean, which keeps nothing
+            return super().forward(input)  # type: ignore[misc]
+        if self.dimensions > 1:
+            return DropITAdaptiveAvgPoolFunction.apply(input, sizes)
+        return DropITAdaptiveAvgPoolFunction.apply(input.unsqueeze(-2), [1, *sizes]).squeeze(-2)
+
+    def _sizes(self, input: Tensor) -> list[int]:
+        one = isinstance(self.output_size, int) or self.output_size is None
+        given: Any = [self.output_size] * self.dimensions if one else self.output_size
+        spatial = input.shape[-self.dimensions :]
+        return [size if wanted is None else wanted for wanted, size in zip(given, spatial, strict=True)]
+
+
+@register
+class DropITAvgPool1d(_DropITAvgPool, nn.AvgPool1d):
+    """nn.AvgPool1d that keeps nothing."""
+
+    plain = nn.AvgPool1d
+    dimensions = 1
+
+
+@register
+class DropITAvgPool2d(_DropITAvgPool, nn.AvgPool2d):
+    """nn.AvgPool2d that keeps nothing."""
+
+    plain = nn.AvgPool2d
+    dimensions = 2
+
+
+@register
+class DropITAvgPool3d(_DropITAvgPool, nn.AvgPool3d):
+    """nn.AvgPool3d that keeps nothing."""
+
+    plain = nn.AvgPool3d
+    dimensions = 3
+
+
+@register
+class DropITAdaptiveAvgPool1d(_DropITAdaptiveAvgPool, nn.AdaptiveAvgPool1d):
+    """nn.AdaptiveAvgPool1d that keeps nothing."""
+
+    plain = nn.AdaptiveAvgPool1d
+    dimensions = 1
+
+
+@register
+class DropITAdaptiveAvgPool2d(_DropITAdaptiveAvgPool, nn.AdaptiveAvgPool2d):
+    """nn.AdaptiveAvgPool2d that keeps nothing."""
+
+    plain = nn.AdaptiveAvgPool2d
+    dimensions = 2
+
+
+@register
+class DropITAdaptiveAvgPool3d(_DropITAdaptiveAvgPool, nn.AdaptiveAvgPool3d):
+    """nn.AdaptiveAvgPool3d that keeps nothing."""
+
+    plain = nn.AdaptiveAvgPool3d
+    dimensions = 3
