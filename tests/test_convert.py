@@ -98,6 +98,22 @@ def test_an_unknown_value_dtype_is_refused(given):
         dropit.to_dropit(small_net(), value_dtype=given)
 
 
+def test_a_state_says_how_it_was_trained_and_loading_it_otherwise_warns(tmp_path):
+    model = dropit.to_dropit(small_net(), "fastmink", 0.9)
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    state = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert list(state) == list(small_net().state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.load_state_dict(state)
+        small_net().load_state_dict(state)
+        dropit.to_dropit(small_net()).load_state_dict(small_net().state_dict())
+    other = dropit.to_dropit(small_net(), "fastmink", 0.7)
+    with pytest.warns(UserWarning, match=r"was trained with FastMinK\(gamma=0.9.*goes on with FastMinK\(gamma=0.7"):
+        other.load_state_dict(state)
+    assert torch.equal(other[0].weight, model[0].weight)
+
+
 def test_from_dropit_undoes_it():
     model = small_net()
     before = [(type(module), set(vars(module))) for module in model.modules()]

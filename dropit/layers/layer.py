@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +36,18 @@ class PackedInputLayer(DropITLayer):
     def packs(self, weight: Tensor) -> bool:
         """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
         return self.training and torch.is_grad_enabled() and weight.requires_grad
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the keys, where modules note their version.
+        if hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["dropit"] = repr(self.packer)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        saved, now = local_metadata.get("dropit"), repr(self.packer)
+        if saved is not None and saved != now:
+            warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def extra_repr(self) -> str:
         """The plain layer's, and the strategy."""
