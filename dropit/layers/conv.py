@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from dropit import ops
-from dropit.layers.layer import PackedInputLayer, autocast
+from dropit.layers.layer import PackedInputLayer, autocast, first_order_only
 from dropit.layers.table import register
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
@@ -55,7 +54,6 @@ class DropITConvFunction(Function):
         ctx.save_for_backward(weight, values, positions, scales)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
         weight, values, positions, scales = ctx.saved_tensors
@@ -63,12 +61,19 @@ class DropITConvFunction(Function):
         shape_only = grad_output.new_zeros(()).expand(ctx.input_shape)  # all that grad_input asks of the input
         input = ops.unpack(Packed(values, positions, scales, ctx.layout)) if wanted[1] else shape_only
         bias_shape = [grad_output.shape[1]]
-        grads = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *ctx.geometry, wanted)
-        return *grads, None, None, None, None, None
+        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad_output, input, weight, bias_shape, *ctx.geometry, wanted
+        )
+        if grad_weight is not None:
+            grad_weight = first_order_only(grad_weight, weight)
+        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
-    """``torch.convolution`` that keeps for backward only what ``packer`` makes of ``input`` ([N,] in, *spatial)."""
+    """``torch.convolution`` that keeps for backward only what ``packer`` makes of ``input`` ([N,] in, *spatial).
+
+    With a frozen weight it keeps nothing of the input, where PyTorch keeps it whole.
+    """
     if input.dim() < weight.dim():
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
     x, w, b = autocast(input, weight, bias)
@@ -79,7 +84,7 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not self.packs(self.weight):
+        if not (self.training and torch.is_grad_enabled()):
             return super().forward(input)  # type: ignore[misc, no-any-return]
         padded, padding = self._pad(input)
         none = (0,) * len(self.stride)
@@ -101,7 +106,7 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
 class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not self.packs(self.weight):
+        if not (self.training and torch.is_grad_enabled()):
             return super().forward(input, output_size)  # type: ignore[misc, no-any-return]
         dimensions = len(self.stride)
         extra = self._output_padding(

@@ -26,17 +26,18 @@ class DropITDropoutFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the mask's bits."""
-        input, p = inputs
+        _, ctx.p = inputs
         mask = output[1]
         ctx.mark_non_differentiable(mask)
-        # The factor as PyTorch rounds it: in the tensor's precision on the CPU, in double on a GPU.
-        ctx.scale = 1 / (1 - p) if input.is_cuda else input.new_ones(()).div(1 - p)
         save_mask(ctx, mask)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """The gradient through the kept elements."""
-        return grad_output * (saved_mask(ctx) * ctx.scale), None
+        keep = 1 - ctx.p
+        # The factor as PyTorch rounds it: in the tensor's precision on the CPU, in double on a GPU.
+        scale = 1 / keep if grad_output.is_cuda else grad_output.new_ones(()).div(keep)
+        return grad_output * (saved_mask(ctx) * scale), None
 
 
 @register

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from dropit import ops
 from dropit.packed import flatten, unflatten
@@ -72,6 +73,38 @@ def saved_mask(ctx: Any) -> Tensor:
     """What :func:`save_mask` saved."""
     (bits,) = ctx.saved_tensors
     return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
+
+
+class _FirstOrderOnly(Function):
+    """Identity, in the graph of ``through``, that cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, through: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        raise RuntimeError(
+            "a weight's gradient from a packed input cannot be differentiated again; "
+            "dropit.from_dropit(model) gives second derivatives back"
+        )
+
+
+def first_order_only(grad_weight: Tensor, through: Tensor) -> Tensor:
+    """``grad_weight``, which is an error to differentiate: autograd knows nothing of the input that was packed.
+
+    The gradients of the input and the bias, in whose formulas the input has no place, stay differentiable.
+    ``through``: what requires a gradient wherever ``grad_weight`` has a derivative.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad_weight  # no create_graph, so no second derivative
+    return _FirstOrderOnly.apply(grad_weight, through)  # type: ignore[no-any-return]
 
 
 def save_form(ctx: Any, input: Tensor) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from dropit import ops
-from dropit.layers.layer import PackedInputLayer, autocast
+from dropit.layers.layer import PackedInputLayer, autocast, first_order_only
 from dropit.layers.table import register
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
@@ -41,7 +40,6 @@ class DropITLinearFunction(Function):
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, values, positions, scales)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., out). Returns grad_input (..., in), grad_weight (out, in), grad_bias (out,)."""
         weight, values, positions, scales = ctx.saved_tensors
@@ -53,6 +51,7 @@ class DropITLinearFunction(Function):
         if needs_weight:
             input = ops.unpack(Packed(values, positions, scales, ctx.layout))
             grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
+            grad_weight = first_order_only(grad_weight, grad_output if weight is None else weight)
         if needs_bias:
             grad_bias = rows.sum(dim=0)
         return grad_input, grad_weight, grad_bias, None, None, None, None
