@@ -105,6 +105,21 @@ def test_nothing_grows_over_a_thousand_steps():
     assert len(packer._known) == 0
 
 
+def test_a_hugging_face_vit_layer_holds_one_packed_copy_of_what_its_projections_read():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 128}
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=8, **sizes)).train()
+    projections = ("q_proj", "k_proj", "v_proj")
+    dropit.to_dropit(model, gamma=0.9, filter_fn=lambda _, fqn: fqn.endswith(projections))
+    assert dropit.coverage(model).converted == 3
+    with dropit.CacheMeter(model) as meter:
+        y = model(torch.randn(4, 3, 32, 32)).last_hidden_state
+    n = 4 * 17 * 64
+    kept = round(n / 10)
+    assert meter.by_operator()["DropITLinear"] == 4 * kept + kept + 2 * -(-n // 256)
+    y.sum().backward()
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "pickle"])
 def test_a_copy_has_the_strategy_and_a_memory_of_its_own(duplicate):
     packer = Packer(FastMinK(0.8))

@@ -238,3 +238,16 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
 def test_strategies_are_made_by_name(name):
     assert make_strategy(name, 0.5) == STRATEGIES[name](gamma=0.5)
     assert {"fastmink", "mink", "random", "mink_c", "random_c"} == STRATEGIES.keys()
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_more_than_two_to_the_31_elements_are_counted_right(name, gamma):
+    """Shapes alone, on the meta device: nothing is allocated."""
+    x = torch.empty(3, 2**20, 2**10 + 1, device="meta")
+    strategy = make_strategy(name, gamma)
+    packed = strategy.pack(x)
+    assert packed.nbytes == strategy.nbytes(x, 2, 0, x.dtype)
+    kept = x.numel() * (1 - gamma)
+    assert 3.98 * kept < packed.nbytes < 4 * kept + x.numel() / 7
+    assert ops.unpack(packed).shape == x.shape

@@ -33,6 +33,8 @@ def topk_mask(score: Tensor, k: int) -> Tensor:
     # The k-th largest by topk: 6.1 ns; kthvalue takes 14.7, a stable sort 73.
     threshold = score.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)  # (rows, 1)
     mask = score >= threshold
+    if score.is_meta:
+        return mask  # of which only the shape is known
     if score.device.type == "cpu" and not torch.compiler.is_compiling():
         # Looking costs 0.3 ns and saves the count below, 4 ns, from the rows that have no tie at the threshold.
         tied = (mask.sum(dim=1) > k).nonzero().squeeze(1)
