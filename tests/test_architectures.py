@@ -1,24 +1,68 @@
 """Thirty-one architectures train a step: at gamma 0 with plain gradients, and never holding more than plain."""
 
 import copy
+from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import nn
 
 import dropit
 from benchmarks.architectures import ARCHITECTURES
+from dropit.layers import PackedInputLayer
 
 
 def step(model, loss_of):
     """Loss, bytes held and gradients of a step with the same random numbers and buffers each time."""
     before = copy.deepcopy(model.state_dict())
     torch.manual_seed(3)
-    with dropit.CacheMeter(model) as meter:
+    with dropit.CacheMeter(model) as meter, counted_calls(model) as calls:
         loss = loss_of(model)
+    nodes = dropping_nodes(loss)
     model.zero_grad()
     loss.backward()
+    if calls:
+        check_coverage(model, meter, calls, nodes)
     model.load_state_dict(before)
     return loss.detach(), meter.total_bytes, {name: p.grad for name, p in model.named_parameters()}
+
+
+@contextmanager
+def counted_calls(model):
+    """How often each layer was called that packs its input."""
+    calls = Counter()
+    handles = [
+        module.register_forward_hook(lambda *_, fqn=fqn: calls.update([fqn]))
+        for fqn, module in model.named_modules()
+        if isinstance(module, PackedInputLayer)
+    ]
+    yield calls
+    for handle in handles:
+        handle.remove()
+
+
+def dropping_nodes(loss):
+    """How many nodes of the graph hold a packed input."""
+    pending, seen = [loss.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += [following for following, _ in node.next_functions]
+    return sum(node.name().startswith(("DropITLinear", "DropITConv")) for node in seen)
+
+
+def check_coverage(model, meter, calls, nodes):
+    """The report names the layers that drop: those that were called, and whose gradient the loss asks for."""
+    report = dropit.coverage(model, meter)
+    layers = {row.fqn: model.get_submodule(row.fqn) for row in report if row.status.startswith("converted")}
+    packing = {fqn: layer for fqn, layer in layers.items() if isinstance(layer, PackedInputLayer)}
+    assert {row.fqn for row in report if row.fqn in packing and "not called" not in row.note} == calls.keys()
+    attentions = sum(isinstance(layer, nn.MultiheadAttention) for layer in packing.values())
+    others = [fqn for fqn in calls if not isinstance(packing[fqn], nn.MultiheadAttention)]
+    expected = sum(calls[fqn] for fqn in others if packing[fqn].weight.grad is not None)
+    assert expected + attentions <= nodes <= expected + 2 * attentions
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
