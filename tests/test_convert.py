@@ -149,6 +149,7 @@ def test_the_arguments_reach_the_strategy():
             nn.Sequential(nn.Bilinear(4, 4, 1)),
             r"converted 0 of 1: Bilinear x1: not converted: this type is not supported",
         ),
+        (nn.LSTM(4, 4), r"converted 0 of 1: LSTM x1: not converted: this type is not supported"),
         (nn.ReLU(), "converted no layer: ReLU has no Linear or Conv layer"),
     ],
 )
