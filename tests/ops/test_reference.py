@@ -122,21 +122,28 @@ def test_small_numbers_come_back_from_the_fewest_bits(limit, n):
     assert torch.equal(ops.unpack_small(stored, limit, n), numbers)
 
 
+def quantized(x, bits=8, noise=None):
+    """x after being stored in so many bits."""
+    return ops.dequantize(*ops.quantize(x, bits, noise), x.dtype, x.numel()).view(x.shape)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (127,), (128,), (1000,), (5, 7, 9)], ids=str)
-def test_quantized_values_are_within_half_a_step(dtype, shape):
+def test_quantized_values_are_within_half_a_step(dtype, shape, bits):
     x = (torch.randn(shape) * 10).to(dtype)
-    steps, scales = ops.quantize(x)
-    assert steps.dtype == torch.int8
-    assert steps.shape == x.shape
+    steps, scales = ops.quantize(x, bits)
+    assert steps.nbytes == -(-x.numel() * bits // 8)
     assert scales.shape == (-(-x.numel() // 128),)
-    back = ops.dequantize(steps, scales, dtype)
+    back = ops.dequantize(steps, scales, dtype, x.numel())
     assert back.dtype == dtype
-    groups = x.double().flatten().split(128)
-    half = torch.cat([torch.full((len(group),), group.abs().max().item() / 127 / 2) for group in groups])
-    rounding = torch.finfo(dtype).eps * x.double().flatten().abs()  # of the product, in the tensor's own precision
-    error = (back.double() - x.double()).flatten().abs()
-    assert (error <= half * 1.01 + rounding).all()  # a bfloat16 scale is up to 0.4 % larger than max / 127
+    flat = x.double().flatten()
+    half = torch.cat(
+        [torch.full_like(group, group.abs().max() / (2 ** (bits - 1) - 1) / 2) for group in flat.split(128)]
+    )
+    rounding = torch.finfo(dtype).eps * flat.abs()  # of the product, in the tensor's own precision
+    # A bfloat16 scale is up to 0.4 % larger than the largest element asks for.
+    assert ((back.double() - flat).abs() <= half * 1.01 + rounding).all()
 
 
 def test_quantization_by_hand():
@@ -145,22 +152,41 @@ def test_quantization_by_hand():
     assert scales.tolist() == [1.0, 2.0]
     assert steps[:6].tolist() == [127, -64, 0, 1, 0, 2]  # ties go to the even step
     assert steps[-2:].tolist() == [127, -2]
-    assert ops.dequantize(steps, scales, torch.float32)[-2:].tolist() == [254.0, -4.0]
+    assert ops.dequantize(steps, scales, torch.float32, 130)[-2:].tolist() == [254.0, -4.0]
 
 
+def test_four_bits_by_hand():
+    x = torch.tensor([7.0, -7.0, 0.4, 3.0, -1.0])
+    steps, scales = ops.quantize(x, 4)
+    assert scales.tolist() == [1.0]
+    assert steps.tolist() == [15 + 16 * 1, 8 + 16 * 11, 7]  # 8 steps up, two in a byte, the first one low
+    assert ops.dequantize(steps, scales, torch.float32, 5).tolist() == [7.0, -7.0, 0.0, 3.0, -1.0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_stochastic_rounding_is_right_on_average(bits):
+    x = torch.linspace(-1, 1, 128)
+    mean = torch.stack([quantized(x, bits, torch.rand(128)) for _ in range(2000)]).mean(dim=0)
+    step = 1 / (2 ** (bits - 1) - 1)
+    torch.testing.assert_close(mean, x, rtol=0, atol=step * 0.08)  # of the mean: step / 2 / sqrt(2000), seven times
+    assert (quantized(x, bits, torch.rand(128)) - x).abs().max() <= step * 1.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-40, 3e38], ids=str)
-def test_quantized_extremes_stay_finite(value):
+def test_quantized_extremes_stay_finite(value, bits):
     x = torch.full((130,), value)
-    back = ops.dequantize(*ops.quantize(x), torch.float32)
+    back = quantized(x, bits)
     assert back.isfinite().all()
-    torch.testing.assert_close(back, x, rtol=0.01, atol=1e-38)
+    torch.testing.assert_close(back, x, rtol=0.01, atol=1e-36)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_group_and_no_other(value):
+def test_what_is_not_finite_spoils_its_group_and_no_other(value, bits):
     x = torch.ones(300)
     x[130] = value
-    back = ops.dequantize(*ops.quantize(x), torch.float32)
+    back = quantized(x, bits)
     assert back[128:256].isnan().all()
     assert back[:128].isfinite().all()
     assert back[256:].isfinite().all()
