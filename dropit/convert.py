@@ -10,16 +10,27 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dropit.layers import SWAPS, DropITLayer, PackedInputLayer, parent_in_table, plain_type, swap_for
+from dropit.layers import (
+    SWAPS,
+    DropITLayer,
+    LosslessLayer,
+    PackedInputLayer,
+    QuantizedLayer,
+    parent_in_table,
+    plain_type,
+    swap_for,
+)
 from dropit.memory import CacheMeter
 from dropit.packer import Packer
-from dropit.strategies import ElementStrategy, make_strategy
+from dropit.strategies import STRATEGIES, Draws, ElementStrategy, make_strategy
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-COMPRESS = ("none", "lossless")
+COMPRESS = ("none", "lossless", "int8", "int4")
+_BITS = {"int8": 8, "int4": 4}
 VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _PLAIN = "plain: left out, or to_dropit was not called"
+_NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
 
 Filter = Callable[[nn.Module, str], bool]
 
@@ -33,6 +44,7 @@ def to_dropit(
     per_sample: bool | None = None,
     value_dtype: torch.dtype | str | None = None,
     compress: str = "lossless",
+    stochastic: bool = False,
     filter_fn: Filter | None = None,
     seed: int | None = None,
 ) -> nn.Module:
@@ -43,18 +55,31 @@ def to_dropit(
     per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty the others.
     value_dtype: what the kept elements are stored in where it is narrower than the input's dtype: torch.bfloat16, or
     torch.int8 with a scale for each 128 of them ("bf16" and "int8" will do). None stores them as they are.
-    compress: how layers without a weight keep what they keep: "none", as PyTorch does, or "lossless", with the same
-    gradients bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go.
+    compress: how the other layers keep what they keep: "none", as PyTorch does; "lossless", with the same gradients
+    bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go; "int8" or
+    "int4", beyond that in eight or four bits what normalization, smooth activations and attention keep.
+    stochastic: with "int8" and "int4", round up or down at random, by how near, and not to the nearest.
     filter_fn(module, fqn): which layers to convert.
-    seed: for "random" and "random_c", their own random numbers instead of PyTorch's.
+    seed: for "random", "random_c" and stochastic rounding, their own random numbers instead of PyTorch's.
 
     Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
     arguments. Raises ValueError where an argument is out of range or no layer with a weight could be converted.
     """
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
-    options = {"block_size": block_size, "per_sample": per_sample, "seed": seed}
-    packer = Packer(make_strategy(strategy, gamma, **options), _value_dtype(value_dtype))  # type: ignore[arg-type]
+    bits = _BITS.get(compress)
+    if stochastic and bits is None:
+        raise ValueError(f"stochastic rounding needs compress to be int8 or int4, got {compress!r}")
+    options = {"block_size": block_size, "per_sample": per_sample, "seed": None if stochastic else seed}
+    if stochastic and strategy in STRATEGIES and issubclass(STRATEGIES[strategy], Draws):
+        options["seed"] = seed
+    packer = Packer(
+        make_strategy(strategy, gamma, **options),  # type: ignore[arg-type]
+        _value_dtype(value_dtype),
+        bits=bits,
+        stochastic=stochastic,
+        seed=seed if stochastic else None,
+    )
     targets = []
     for fqn, module in _spoken_of(model):
         swap = swap_for(plain_type(module))
@@ -64,14 +89,19 @@ def to_dropit(
         raise ValueError(_nothing_converted(model))
     _warn_if_nothing_shrinks(packer, model)
     for module, swap in targets:
-        if issubclass(swap, PackedInputLayer):
+        if _is_wanted(swap, compress):
             module.__class__ = swap  # type: ignore[assignment]
-            module.packer = packer  # type: ignore[assignment]
-        elif compress == "lossless":
-            module.__class__ = swap  # type: ignore[assignment]
+            if issubclass(swap, (PackedInputLayer, QuantizedLayer)):
+                module.packer = packer  # type: ignore[assignment]
         else:
             _restore(module)
     return model
+
+
+def _is_wanted(swap: type[DropITLayer], compress: str) -> bool:
+    if issubclass(swap, LosslessLayer):
+        return compress != "none"
+    return compress in _BITS or not issubclass(swap, QuantizedLayer)
 
 
 def _value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
@@ -102,7 +132,7 @@ def from_dropit(model: nn.Module) -> nn.Module:
 
 def _restore(module: nn.Module) -> None:
     if isinstance(module, DropITLayer):
-        if isinstance(module, PackedInputLayer):
+        if isinstance(module, (PackedInputLayer, QuantizedLayer)):
             del module.packer
         module.__class__ = module.plain  # type: ignore[assignment]
 
@@ -159,7 +189,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
 
 
 def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
-    if meter is None or not isinstance(module, PackedInputLayer):
+    if meter is None or not isinstance(module, (PackedInputLayer, QuantizedLayer)):
         return ""
     if not meter.ran(fqn):
         return "not called: another module may read its weight by itself"
@@ -182,8 +212,9 @@ def _reason(module: nn.Module) -> str:
         return ""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "not converted: it has no shape yet; run a forward pass first"
-    if swap_for(type(module)) is not None:
-        return _PLAIN
+    swap = swap_for(type(module))
+    if swap is not None:
+        return _NOT_QUANTIZED if issubclass(swap, QuantizedLayer) else _PLAIN
     parent = parent_in_table(type(module))
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"

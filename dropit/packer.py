@@ -1,4 +1,4 @@
-"""Packer: packs each input once, however many layers read it."""
+"""Packer: how a model stores what its layers keep; packs each input once, however many layers read it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dropit.packed import Packed, keep_dense
-from dropit.strategies import Strategy
+from dropit import ops
+from dropit.packed import Layout, Packed, flatten, keep_dense
+from dropit.strategies import Draws, Strategy
 
 
 class _Entry(NamedTuple):
@@ -22,19 +23,34 @@ class Packer:
 
     The layers of a model share one. Queries, keys and values projected from one tensor, or a residual block's first
     convolution and its shortcut, then save one packed copy of it. A tensor that was changed in place since is another.
+
+    ``value_dtype``: what packed values are stored in where it is narrower than theirs. ``bits``: 8 or 4, what layers
+    that drop nothing quantize their tensors to. ``stochastic``: whether these are rounded up or down at random, by how
+    near they are, with numbers from PyTorch's generator or, where ``seed`` is given, from one of their own.
     """
 
-    def __init__(self, strategy: Strategy, value_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        value_dtype: torch.dtype | None = None,
+        *,
+        bits: int | None = None,
+        stochastic: bool = False,
+        seed: int | None = None,
+    ) -> None:
         self.strategy = strategy
-        self.value_dtype = value_dtype  # what values are stored in where it is narrower than theirs
+        self.value_dtype = value_dtype
+        self.bits = bits
+        self.stochastic = stochastic
+        self._draws = Draws(seed=seed)
         self._known: Any = WeakTensorKeyDictionary()  # entries die with their tensor
 
     def pack(self, x: Tensor, source: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Packed:
         """Pack ``x``, which is ``source`` or what autocast made of it."""
+        if is_mapped(x):
+            return keep_dense(x)
         if torch.compiler.is_compiling() or source.is_inference():
             return self._pack(x, channel_dim, batch_dim)  # a compiler merges equal computations by itself
-        if _is_mapped(x):
-            return keep_dense(x)
         # Within a backward pass, where checkpointing runs a forward anew, all is packed anew: the same random numbers
         # are to be drawn as before.
         backward = torch._C._current_graph_task_id()
@@ -45,21 +61,46 @@ class Packer:
             self._known[source] = entry
         return entry.packed
 
+    def quantize(self, x: Tensor) -> Packed:
+        """All of ``x``, in ``bits`` bits an element with a scale for each 128, or as it is where that takes no more."""
+        assert self.bits is not None
+        if x.numel() * self.bits // 8 + 2 >= x.nbytes or not x.is_floating_point():
+            return keep_dense(x)
+        with torch.no_grad():
+            flat, layout = flatten(x.detach())
+            steps, scales = ops.quantize(flat, self.bits, self._noise(flat))
+            return Packed(steps, None, scales, layout)
+
+    def to_levels(self, x: Tensor, step: float, lowest: int) -> tuple[Tensor, Layout]:
+        """``x`` as multiples of ``step`` from ``lowest`` up, in ``bits`` bits each."""
+        assert self.bits is not None
+        with torch.no_grad():
+            flat, layout = flatten(x.detach())
+            return ops.to_levels(flat, step, lowest, self.bits, self._noise(flat)), layout
+
+    def _noise(self, flat: Tensor) -> Tensor | None:
+        return self._draws.uniform(flat) if self.stochastic else None
+
     def _pack(self, x: Tensor, channel_dim: int, batch_dim: int) -> Packed:
         return self.strategy.pack(x, channel_dim=channel_dim, batch_dim=batch_dim, value_dtype=self.value_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"strategy": self.strategy, "value_dtype": self.value_dtype}
+        options = {"value_dtype": self.value_dtype, "bits": self.bits, "stochastic": self.stochastic}
+        return {"strategy": self.strategy, **options, "seed": self._draws.seed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def __repr__(self) -> str:
-        return repr(self.strategy) + (f", values in {self.value_dtype}" if self.value_dtype else "")
+        values = f", values in {self.value_dtype}" if self.value_dtype else ""
+        rest = f", the rest in {self.bits} bits" if self.bits else ""
+        return f"{self.strategy}{values}{rest}{' rounded stochastically' if self.bits and self.stochastic else ''}"
 
 
-def _is_mapped(x: Tensor) -> bool:
+def is_mapped(x: Tensor) -> bool:
     """Whether ``x`` is one of many under torch.func.vmap, where no shape may depend on the values."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)

@@ -140,7 +140,7 @@ class FastMinK(ElementStrategy):
 
 
 @dataclass(frozen=True)
-class _Draws:
+class Draws:
     """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from one of its own."""
 
     seed: int | None = None
@@ -148,13 +148,21 @@ class _Draws:
         default_factory=dict, init=False, repr=False, compare=False
     )
 
-    def _draw(self, rows: int, n: int, device: torch.device) -> Tensor:
-        generator = None
-        if self.seed is not None:
-            if device not in self._generators:
-                self._generators[device] = torch.Generator(device).manual_seed(self.seed)
-            generator = self._generators[device]
+    def integers(self, rows: int, n: int, device: torch.device) -> Tensor:
+        """(rows, n) int32, from 0 to 2^31 - 2."""
+        generator = self._generator(device)
         return torch.randint(2**31 - 1, (rows, n), dtype=torch.int32, device=device, generator=generator)
+
+    def uniform(self, like: Tensor) -> Tensor:
+        """In [0, 1), of the shape and dtype of ``like``."""
+        return torch.empty_like(like).uniform_(generator=self._generator(like.device))
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if self.seed is None:
+            return None
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
 
     def __getstate__(self) -> dict[str, object]:
         # Generators cannot be copied everywhere; a copy starts again from the seed.
@@ -162,12 +170,12 @@ class _Draws:
 
 
 @dataclass(frozen=True)
-class Random(_Draws, ElementStrategy):
+class Random(Draws, ElementStrategy):
     """Drop elements at random, without replacement."""
 
     def select(self, rows: Tensor) -> Tensor:
         """Mark the elements that draw the largest numbers."""
-        return ops.topk_mask(self._draw(rows.shape[0], rows.shape[1], rows.device), self.count(rows.shape[1]))
+        return ops.topk_mask(self.integers(rows.shape[0], rows.shape[1], rows.device), self.count(rows.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -201,12 +209,12 @@ class MinKChannels(ChannelStrategy):
 
 
 @dataclass(frozen=True)
-class RandomChannels(_Draws, ChannelStrategy):
+class RandomChannels(Draws, ChannelStrategy):
     """Drop channels at random, without replacement."""
 
     def score(self, x: Tensor, channel_dim: int) -> Tensor:
         """Random numbers."""
-        return self._draw(1, x.shape[channel_dim], x.device).squeeze(0)
+        return self.integers(1, x.shape[channel_dim], x.device).squeeze(0)
 
 
 STRATEGIES: dict[str, type[Strategy]] = {

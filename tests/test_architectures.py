@@ -88,6 +88,12 @@ def test_it_trains_a_step_and_holds_no_more_than_plain(make):
     assert ours < plain_bytes
     assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
 
+    dropit.to_dropit(model, gamma=0.9, compress="int8")
+    loss, quantized, grads = step(model, loss_of)
+    assert torch.equal(loss, same_loss)
+    assert quantized <= ours
+    assert all(grad.isfinite().all() for grad in grads.values() if grad is not None)
+
     dropit.from_dropit(model)
     again, restored, grads = step(model, loss_of)
     assert torch.equal(again, loss)

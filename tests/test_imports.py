@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "dropit.packed": set(),
     "dropit.ops": {"dropit.packed"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
-    "dropit.packer": {"dropit.packed", "dropit.strategies"},
+    "dropit.packer": {"dropit.packed", "dropit.ops", "dropit.strategies"},
     "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.packer"},
     "dropit.convert": {"dropit.layers", "dropit.strategies", "dropit.packer", "dropit.memory"},
     "dropit.memory": set(),

@@ -1,7 +1,7 @@
 """The layers that swap in, one family a file; importing a file enters its layers in the table."""
 
-from dropit.layers import attention, avg_pool, conv, dropout, pool, relu, transformer
-from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer
+from dropit.layers import activation, attention, avg_pool, conv, dropout, norm, pool, relu, transformer
+from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer, QuantizedLayer
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import SWAPS, parent_in_table, plain_type, register, swap_for
 
@@ -10,11 +10,14 @@ __all__ = [
     "DropITLayer",
     "LosslessLayer",
     "PackedInputLayer",
+    "QuantizedLayer",
+    "activation",
     "attention",
     "avg_pool",
     "conv",
     "dropit_linear",
     "dropout",
+    "norm",
     "parent_in_table",
     "plain_type",
     "pool",

@@ -1,4 +1,4 @@
-"""nn.MultiheadAttention whose projections pack their inputs for the backward pass.
+"""nn.MultiheadAttention whose projections pack their inputs for the backward pass, and whose q, k, v may be quantized.
 
 It is one layer: it reads ``in_proj_weight`` and ``out_proj.weight`` itself and calls no inner module, so swapping its
 ``out_proj`` alone would do nothing. The steps and their order are PyTorch's, so that gamma 0 is ordinary training.
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from dropit.layers.layer import PackedInputLayer
 from dropit.layers.linear import dropit_linear
+from dropit.layers.scaled_dot_product import dropit_attention
 from dropit.layers.table import register
+from dropit.packer import is_mapped
 
 
 @register
@@ -54,6 +56,8 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         length, samples, _ = q.shape
         q, k, v = (self._heads(x) for x in (q, k, v))  # (N, heads, L, head_dim)
         attend = self._attend_with_weights if need_weights else self._attend
+        if not need_weights and self.packer.bits is not None and (mask is None or not mask.requires_grad):
+            attend = self._attend_quantized
         context, weights_out, held = attend(q, k, v, mask, hint)
         # Attention holds its output for itself: a packed copy on top would free nothing.
         linear = F.linear if held else self._linear
@@ -115,6 +119,15 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         output = F.scaled_dot_product_attention(q, k, v, mask, self.dropout, hint)
         context = output.permute(2, 0, 1, 3)
         return context, None, context.is_contiguous()
+
+    def _attend_quantized(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, hint: bool
+    ) -> tuple[Tensor, None, bool]:
+        """As :meth:`_attend`, of which nothing is held but q, k and v in few bits."""
+        if is_mapped(q) or (torch.compiler.is_compiling() and self.dropout > 0):  # no random numbers to draw again
+            return self._attend(q, k, v, mask, hint)
+        output = dropit_attention(q, k, v, mask, self.dropout, hint, self.packer)
+        return output.permute(2, 0, 1, 3), None, False
 
     def _attend_with_weights(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, hint: bool

@@ -11,7 +11,7 @@ from torch.autograd import Function
 
 from dropit import ops
 from dropit.packed import flatten, unflatten
-from dropit.packer import Packer
+from dropit.packer import Packer, is_mapped
 from dropit.strategies import Strategy
 
 
@@ -55,6 +55,21 @@ class PackedInputLayer(DropITLayer):
         return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.packer}"]))
 
 
+class QuantizedLayer(DropITLayer):
+    """A layer that drops nothing, and keeps what it keeps in fewer bits: its own gradients are approximated."""
+
+    packer: Packer
+
+    def packs(self, input: Tensor) -> bool:
+        """Whether a forward pass now keeps anything: in training, where a gradient is wanted, but not under vmap."""
+        wanted = input.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False))
+        return self.training and torch.is_grad_enabled() and wanted and not is_mapped(input)
+
+    def extra_repr(self) -> str:
+        """The plain layer's, and the number of bits."""
+        return ", ".join(filter(None, [super().extra_repr(), f"bits={self.packer.bits}"]))
+
+
 class LosslessLayer(DropITLayer):
     """A layer without a weight that keeps less than PyTorch does, and has the same gradients bit for bit."""
 
@@ -91,20 +106,23 @@ class _FirstOrderOnly(Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[None, None]:  # type: ignore[override]
         raise RuntimeError(
-            "a weight's gradient from a packed input cannot be differentiated again; "
+            "a gradient that was computed from a packed input cannot be differentiated again; "
             "dropit.from_dropit(model) gives second derivatives back"
         )
 
 
-def first_order_only(grad_weight: Tensor, through: Tensor) -> Tensor:
-    """``grad_weight``, which is an error to differentiate: autograd knows nothing of the input that was packed.
+def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
+    """``grad``, which is an error to differentiate: autograd knows nothing of the input that was packed.
 
-    The gradients of the input and the bias, in whose formulas the input has no place, stay differentiable.
-    ``through``: what requires a gradient wherever ``grad_weight`` has a derivative.
+    ``through``: what requires a gradient wherever ``grad`` has a derivative; None where that cannot be told.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return grad_weight  # no create_graph, so no second derivative
-    return _FirstOrderOnly.apply(grad_weight, through)  # type: ignore[no-any-return]
+        return grad  # no create_graph, so no second derivative
+    if through is None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return grad  # torch.func differentiates always; a leaf from here would leak out of it
+        through = torch.zeros((), requires_grad=True)
+    return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
 
 
 def save_form(ctx: Any, input: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from torch import nn
@@ -10,8 +11,16 @@ from torch import nn
 from dropit.layers.layer import DropITLayer
 
 SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
-# Types of packages that are not imported unless the model brings them: the module here that has their layer.
-_LAZY = {("transformers.pytorch_utils", "Conv1D"): "dropit.layers.huggingface"}
+# Packages that are not imported unless the model brings them: the module here that has the layers of theirs.
+_LAZY = {
+    "transformers.pytorch_utils": "dropit.layers.huggingface",
+    "transformers.activations": "dropit.layers.huggingface",
+    "timm.layers.norm": "dropit.layers.timm",
+    "timm.layers.norm_act": "dropit.layers.timm",
+    "timm.layers.std_conv": "dropit.layers.timm",
+    "timm.layers.activations": "dropit.layers.timm",
+    "torchvision.models.convnext": "dropit.layers.torchvision",
+}
 # What else of a class decides what its forward computes.
 _PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
 
@@ -39,9 +48,10 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
 
 def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
     """The class to swap in for ``plain``: the table's, or for a subclass with its parent's forward one made of both."""
-    home = _LAZY.get((plain.__module__, plain.__name__))
+    home = _LAZY.get(plain.__module__)
     if home is not None:
-        importlib.import_module(home)
+        with suppress(ImportError):  # a version of the package that has other layers
+            importlib.import_module(home)
     if plain not in SWAPS:
         parent = parent_in_table(plain)
         if parent is None or not _computes_the_same(plain, parent):

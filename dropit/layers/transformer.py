@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dropit.layers.activation import dropit_activation
 from dropit.layers.layer import LosslessLayer
 from dropit.layers.relu import dropit_relu
 from dropit.layers.table import register
@@ -15,8 +16,13 @@ from dropit.layers.table import register
 class _DropITFeedForward(LosslessLayer):
     def _ff_block(self: Any, x: Tensor) -> Tensor:
         hidden = self.linear1(x)
-        packs = self.activation is F.relu and self.packs(hidden)
-        hidden = dropit_relu(hidden) if packs else self.activation(hidden)
+        packer = getattr(self.linear1, "packer", None)
+        if self.activation is F.relu and self.packs(hidden):
+            hidden = dropit_relu(hidden)
+        elif self.activation is F.gelu and packer is not None and packer.bits is not None and self.packs(hidden):
+            hidden = dropit_activation(hidden, "gelu", packer)
+        else:
+            hidden = self.activation(hidden)
         return self._dropout_after(self.linear2(self.dropout(hidden)))  # type: ignore[no-any-return]
 
 

@@ -2,12 +2,14 @@
 
 from dropit.ops.reference import (
     dequantize,
+    from_levels,
     magnitude,
     pack,
     pack_bits,
     pack_channels,
     pack_small,
     quantize,
+    to_levels,
     topk_mask,
     unpack,
     unpack_bits,
@@ -16,12 +18,14 @@ from dropit.ops.reference import (
 
 __all__ = [
     "dequantize",
+    "from_levels",
     "magnitude",
     "pack",
     "pack_bits",
     "pack_channels",
     "pack_small",
     "quantize",
+    "to_levels",
     "topk_mask",
     "unpack",
     "unpack_bits",

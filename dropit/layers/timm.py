@@ -1,0 +1,91 @@
+"""timm's own normalization, activations and weight-standardized convolution. Imported when a model has one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers.activations import GELU, GELUTanh
+from timm.layers.norm import LayerNorm, LayerNorm2d
+from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.std_conv import ScaledStdConv2d
+from torch import Tensor
+
+from dropit.layers.activation import DropITActivation
+from dropit.layers.conv import Geometry, dropit_conv
+from dropit.layers.layer import PackedInputLayer, QuantizedLayer
+from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm
+from dropit.layers.table import register
+
+
+@register
+class DropITLayerNorm(QuantizedLayer, LayerNorm):
+    """timm's LayerNorm that keeps 8 or 4 bits per element."""
+
+    plain = LayerNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., C)."""
+        if not self.packs(x) or self._fast_norm:
+            return super().forward(x)  # type: ignore[no-any-return]
+        return dropit_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.packer)
+
+
+@register
+class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
+    """timm's LayerNorm over channels that keeps 8 or 4 bits per element."""
+
+    plain = LayerNorm2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W)."""
+        if not self.packs(x) or self._fast_norm:
+            return super().forward(x)  # type: ignore[no-any-return]
+        last = x.permute(0, 2, 3, 1)
+        y = dropit_layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps, self.packer)
+        return y.permute(0, 3, 1, 2)
+
+
+@register
+class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
+    """timm's BatchNorm with an activation, which is a layer of its own, that keeps 8 or 4 bits per element."""
+
+    plain = BatchNormAct2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W)."""
+        if not self.packs(x) or x.numel() == x.shape[1]:
+            return super().forward(x)  # type: ignore[no-any-return]
+        return self.act(self.drop(dropit_batch_norm(x, self, self.packer)))  # type: ignore[no-any-return]
+
+
+@register
+class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
+    """timm's convolution with a standardized weight, with a packed input."""
+
+    plain = ScaledStdConv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, in_channels, H, W)."""
+        if not self.packs(self.weight) or isinstance(self.padding, str):
+            return super().forward(x)  # type: ignore[no-any-return]
+        rows, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
+        weight = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps)
+        geometry = Geometry(self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
+        return dropit_conv(x, weight.reshape_as(self.weight), self.bias, geometry, self.packer)
+
+
+@register
+class DropITGELU(DropITActivation, GELU):
+    """timm's GELU that keeps 8 or 4 bits per element."""
+
+    plain = GELU
+    curve: Any = "gelu"
+
+
+@register
+class DropITGELUTanh(DropITActivation, GELUTanh):
+    """timm's GELU by tanh that keeps 8 or 4 bits per element."""
+
+    plain = GELUTanh
+    curve: Any = "gelu_tanh"

@@ -1,0 +1,96 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import dropit
+from dropit import ops
+from dropit.layers import scaled_dot_product
+from dropit.layers.scaled_dot_product import dropit_attention
+from dropit.packer import Packer
+from dropit.strategies import MinK
+
+
+def packer(bits=8):
+    return Packer(MinK(0.9), bits=bits)
+
+
+def tensors(length=9, source=9):
+    sizes = ((length, 8), (source, 8), (source, 8))
+    return [torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+
+
+MASKS = {
+    "none": (None, False),
+    "causal": (None, True),
+    "bias": (torch.randn(2, 1, 9, 9, dtype=torch.float64), False),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("by_formula", [False, True], ids=["kernel", "formula"])
+@pytest.mark.parametrize("name", MASKS)
+def test_gradients_are_those_of_the_quantized_tensors(name, by_formula, bits, monkeypatch):
+    mask, causal = MASKS[name]
+    if by_formula:
+        monkeypatch.setattr(scaled_dot_product, "_traced", lambda: True)
+    q, k, v = tensors()
+    y = dropit_attention(q, k, v, mask, 0.0, causal, packer(bits))
+    assert torch.equal(y, F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal))
+    grad_output = torch.randn_like(y)
+    got = torch.autograd.grad(y, (q, k, v), grad_output)
+    rounded = [ops.unpack(packer(bits).quantize(x)).requires_grad_() for x in (q, k, v)]
+    exact = torch.autograd.grad(F.scaled_dot_product_attention(*rounded, mask, 0.0, causal), rounded, grad_output)
+    for ours, expected in zip(got, exact, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_dropout_is_drawn_again_the_same():
+    q, k, v = tensors()
+    torch.manual_seed(3)
+    y = dropit_attention(q, k, v, None, 0.4, False, packer())
+    torch.manual_seed(3)
+    exact_y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+    assert torch.equal(y, exact_y)
+    grad_output = torch.randn_like(y)
+    before = torch.get_rng_state()
+    got = torch.autograd.grad(y, (q, k, v), grad_output)
+    assert torch.equal(torch.get_rng_state(), before)
+    exact = torch.autograd.grad(exact_y, (q, k, v), grad_output)
+    for ours, expected in zip(got, exact, strict=True):
+        assert (ours - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(("compress", "bits"), [("int8", 8), ("int4", 4)])
+def test_a_layer_holds_its_packed_inputs_and_q_k_v_only(compress, bits):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(64, 4, batch_first=True)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.9, compress=compress)
+    x = torch.randn(4, 32, 64, requires_grad=True)
+    with dropit.CacheMeter(ours) as meter:
+        y = ours(x, x, x, need_weights=False)[0]
+    n = x.numel()
+    packed = ours.strategy.pack(x).nbytes
+    assert meter.by_operator() == {"DropITAttention": 3 * (n * bits // 8 + n // 64), "DropITLinear": 2 * packed}
+    exact = plain(x, x, x, need_weights=False)[0]
+    assert torch.equal(y, exact)
+    got, expected = (torch.autograd.grad(out.square().sum(), x)[0] for out in (y, exact))
+    assert (got - expected).norm() < (0.02 if bits == 8 else 0.3) * expected.norm()
+
+
+def test_a_learned_bias_in_the_mask_keeps_its_gradient():
+    layer = dropit.to_dropit(nn.MultiheadAttention(64, 4, batch_first=True), compress="int8")
+    x = torch.randn(4, 32, 64)
+    bias = torch.zeros(32, 32, requires_grad=True)
+    layer(x, x, x, attn_mask=bias, need_weights=False)[0].square().sum().backward()
+    assert bias.grad.abs().sum() > 0
+
+
+def test_a_second_derivative_is_a_clear_error():
+    q, k, v = tensors()
+    y = dropit_attention(q, k, v, None, 0.0, False, packer())
+    (grad,) = torch.autograd.grad(y.sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        grad.sum().backward()
