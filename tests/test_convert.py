@@ -77,8 +77,37 @@ def test_compress_none_leaves_layers_without_a_weight_as_they_are():
 
 
 def test_an_unknown_way_to_compress_is_refused():
-    with pytest.raises(ValueError, match="compress must be one of none, lossless, got 'zip'"):
+    with pytest.raises(ValueError, match="compress must be one of none, lossless, int8, int4, got 'zip'"):
         dropit.to_dropit(small_net(), compress="zip")
+
+
+def test_int8_and_int4_quantize_what_other_layers_keep():
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.ReLU())
+    assert converted(dropit.to_dropit(model, compress="int4")) == ["0", "1", "2", "3"]
+    assert model[1].packer.bits == 4
+    assert "bits=4" in repr(model[1])
+    assert model[0].packer is model[1].packer
+    assert dropit.coverage(model).converted == 4
+    dropit.to_dropit(model, compress="int8")
+    assert model[1].packer.bits == 8
+    dropit.to_dropit(model, compress="lossless")
+    assert converted(model) == ["0", "3"]
+    assert "compress=" in dropit.coverage(model)[1].status
+    dropit.from_dropit(dropit.to_dropit(model, compress="int8"))
+    assert [type(module) for module in model] == [nn.Linear, nn.LayerNorm, nn.GELU, nn.ReLU]
+    assert "packer" not in vars(model[1])
+
+
+def test_stochastic_rounding_needs_something_to_round():
+    with pytest.raises(ValueError, match="stochastic rounding needs compress to be int8 or int4, got 'lossless'"):
+        dropit.to_dropit(small_net(), stochastic=True)
+
+
+@pytest.mark.parametrize("strategy", ["fastmink", "random"])
+def test_the_seed_goes_to_whoever_draws(strategy):
+    model = dropit.to_dropit(small_net(), strategy, compress="int8", stochastic=True, seed=5)
+    assert getattr(model[0].strategy, "seed", 5) == 5
+    assert "stochastically" in repr(model[0].packer)
 
 
 @pytest.mark.parametrize("given", ["int8", torch.int8])
@@ -194,10 +223,11 @@ def test_coverage_says_of_each_layer_what_became_of_it():
         ("2", "MultiheadAttention", "converted"),
         ("3", "Bilinear", "not converted"),
         ("4", "ReLU", "converted"),
+        ("5", "GELU", "plain"),
     ]
     table = str(report).splitlines()
     assert table[0].split() == ["layer", "type", "status"]
-    assert table[-1] == "converted 3 of 5"
+    assert table[-1] == "converted 3 of 6"
 
 
 def test_coverage_with_a_meter_names_what_keeps_a_layer_from_helping():

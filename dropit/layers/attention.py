@@ -55,18 +55,27 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
 
         length, samples, _ = q.shape
         q, k, v = (self._heads(x) for x in (q, k, v))  # (N, heads, L, head_dim)
-        attend = self._attend_with_weights if need_weights else self._attend
-        if not need_weights and self.packer.bits is not None and (mask is None or not mask.requires_grad):
-            attend = self._attend_quantized
-        context, weights_out, held = attend(q, k, v, mask, hint)
-        # Attention holds its output for itself: a packed copy on top would free nothing.
-        linear = F.linear if held else self._linear
-        output = linear(context.reshape(length, samples, self.embed_dim), self.out_proj.weight, self.out_proj.bias)
+        weights_out = None
+        if self._quantizes(q, mask, need_weights):
+            weight, bias = self.out_proj.weight, self.out_proj.bias
+            output = dropit_attention(q, k, v, weight, bias, mask, self.dropout, hint, self.packer)
+        else:
+            attend = self._attend_with_weights if need_weights else self._attend
+            context, weights_out, held = attend(q, k, v, mask, hint)
+            # Attention holds its output for itself: a packed copy on top would free nothing.
+            linear = F.linear if held else self._linear
+            output = linear(context.reshape(length, samples, self.embed_dim), self.out_proj.weight, self.out_proj.bias)
         if weights_out is not None and average_attn_weights:
             weights_out = weights_out.mean(dim=1)
         if not batched:
             return output.squeeze(1), None if weights_out is None else weights_out.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights_out
+
+    def _quantizes(self, q: Tensor, mask: Tensor | None, need_weights: bool) -> bool:
+        """Whether attention keeps q, k and v in few bits: not if more is asked of it than its output."""
+        if self.packer.bits is None or need_weights or is_mapped(q) or (mask is not None and mask.requires_grad):
+            return False
+        return self.dropout == 0 or not torch.compiler.is_compiling()  # a graph draws no random numbers twice
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return dropit_linear(input, weight, bias, self.packer, batch_dim=1)
@@ -119,15 +128,6 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         output = F.scaled_dot_product_attention(q, k, v, mask, self.dropout, hint)
         context = output.permute(2, 0, 1, 3)
         return context, None, context.is_contiguous()
-
-    def _attend_quantized(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, hint: bool
-    ) -> tuple[Tensor, None, bool]:
-        """As :meth:`_attend`, of which nothing is held but q, k and v in few bits."""
-        if is_mapped(q) or (torch.compiler.is_compiling() and self.dropout > 0):  # no random numbers to draw again
-            return self._attend(q, k, v, mask, hint)
-        output = dropit_attention(q, k, v, mask, self.dropout, hint, self.packer)
-        return output.permute(2, 0, 1, 3), None, False
 
     def _attend_with_weights(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, hint: bool

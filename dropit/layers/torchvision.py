@@ -22,5 +22,7 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):  # type: ignore[misc]
         """x: (N, C, H, W)."""
         if not self.packs(x):
             return super().forward(x)  # type: ignore[no-any-return]
-        form: Any = (self.normalized_shape, self.weight, self.bias, self.eps)
-        return dropit_layer_norm(x.permute(0, 2, 3, 1), *form, self.packer).permute(0, 3, 1, 2)
+        layer: Any = self
+        last = x.permute(0, 2, 3, 1)
+        y = dropit_layer_norm(last, layer.normalized_shape, layer.weight, layer.bias, layer.eps, self.packer)
+        return y.permute(0, 3, 1, 2)
