@@ -2,7 +2,7 @@
 
 from dropit.convert import COMPRESS, VALUE_DTYPES, Coverage, coverage, from_dropit, to_dropit
 from dropit.layers import LosslessLayer, PackedInputLayer, register
-from dropit.memory import CacheMeter
+from dropit.memory import CacheMeter, estimate_cache
 from dropit.strategies import STRATEGIES
 
 __version__ = "0.1.0"
@@ -15,6 +15,7 @@ __all__ = [
     "LosslessLayer",
     "PackedInputLayer",
     "coverage",
+    "estimate_cache",
     "from_dropit",
     "register",
     "to_dropit",

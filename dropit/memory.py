@@ -1,21 +1,26 @@
-"""CacheMeter: how many bytes a forward pass holds for the backward pass, and who holds them."""
+"""CacheMeter: how many bytes a forward pass holds for the backward pass, and who holds them; and estimate_cache."""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import weakref
-from collections import Counter, defaultdict
-from collections.abc import Iterable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-MIB = 2**20
+from dropit.ledger import Held, Row, as_rich, as_text, group, rows_by
+
 OUTSIDE = "(outside the model)"
 
 
@@ -40,7 +45,7 @@ class CacheMeter:
         self._running: list[str] = []  # the names of the modules that are running, innermost last
         self._inputs: dict[str, list[StorageWeakRef]] = defaultdict(list)  # what each module that ran was given
         self._operators: dict[int, str] = {}  # sequence number of a graph node -> its name
-        self._entries: list[_Entry] | None = None
+        self._entries: list[Held] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> CacheMeter:
@@ -64,11 +69,11 @@ class CacheMeter:
 
     def by_module(self) -> dict[str, int]:
         """Bytes by the innermost module that ran when they were first saved. Sums to ``total_bytes``."""
-        return _sum_by((entry.modules[0], entry.nbytes) for entry in self._held())
+        return _sizes(rows_by(lambda held: held.modules[0], self._held()))
 
     def by_operator(self) -> dict[str, int]:
         """Bytes by who saves them; "Convolution + Relu" are tensors that both hold. Sums to ``total_bytes``."""
-        return _sum_by((" + ".join(sorted(set(entry.operators))), entry.nbytes) for entry in self._held())
+        return _sizes(rows_by(lambda held: held.operator, self._held()))
 
     def ran(self, fqn: str) -> bool:
         """Whether the module of this name was called."""
@@ -77,22 +82,38 @@ class CacheMeter:
     def held_elsewhere(self, fqn: str) -> dict[str, int]:
         """Bytes of the module's own inputs that it does not hold itself, by who does ("Relu in layer1")."""
         inputs = {storage.cdata for storage in self._inputs[fqn]} if self.ran(fqn) else set()
-        return _sum_by(
-            (f"{operator} in {module or 'the model'}", entry.nbytes)
-            for entry in self._held()
-            if entry.storage in inputs and fqn not in entry.modules
-            for operator, module in [(" + ".join(sorted(set(entry.operators))), entry.modules[0])]
-        )
+        elsewhere = [held for held in self._held() if held.storage in inputs and fqn not in held.modules]
+        return _sizes(rows_by(lambda held: f"{held.operator} in {held.modules[0] or 'the model'}", elsewhere))
+
+    def table(self, plain: CacheMeter | None = None, *, depth: int = 2) -> str:
+        """By operator, and by module down to ``depth``; with another meter, of the plain model, what that one holds."""
+        return "\n\n".join(as_text(title, rows) for title, rows in self._tables(plain, depth))
+
+    def to_json(self) -> str:
+        """All that is known: each storage with its bytes, its dtype, and the modules and operators that hold it."""
+        storages = [
+            {"bytes": held.nbytes, "dtype": held.dtype, "modules": held.modules, "operators": held.operators}
+            for held in self._held()
+        ]
+        sums = {"by_operator": self.by_operator(), "by_module": self.by_module()}
+        return json.dumps({"total_bytes": self.total_bytes, **sums, "storages": storages})
 
     def __str__(self) -> str:
-        total = self.total_bytes
-        rows = self.by_operator()
-        width = max(map(len, [*rows, "held for backward"]))
-        lines = [f"{'held for backward':{width}}        MiB  share"]
-        lines += [f"{name:{width}} {size / MIB:10.2f} {size / total:6.1%}" for name, size in rows.items()]
-        return "\n".join([*lines, f"{'total':{width}} {total / MIB:10.2f}"])
+        return self.table()
 
-    def _held(self) -> list[_Entry]:
+    def __rich__(self) -> Any:
+        from rich.console import Group
+
+        return Group(*(as_rich(title, rows) for title, rows in self._tables(None, 2)))
+
+    def _tables(self, plain: CacheMeter | None, depth: int) -> list[tuple[str, list[Row]]]:
+        others = None if plain is None else plain._held()
+        return [
+            ("held for backward, by operator", rows_by(lambda held: held.operator, self._held(), others)),
+            ("by module", rows_by(lambda held: group(held.modules[0], depth), self._held(), others)),
+        ]
+
+    def _held(self) -> list[Held]:
         if self._entries is None:
             raise RuntimeError("nothing measured yet: use CacheMeter as a context manager and read it afterwards")
         return self._entries
@@ -151,9 +172,10 @@ class CacheMeter:
                 groups[saved.storage.cdata].append(saved)
         self._entries = [self._entry(group) for group in groups.values()]
 
-    def _entry(self, group: list[_Saved]) -> _Entry:
-        operators = [self._operator_of(saved) for saved in group]
-        return _Entry(group[0].storage.cdata, group[0].nbytes, [saved.module for saved in group], operators)
+    def _entry(self, group: list[_Saved]) -> Held:
+        first = group[0]
+        modules = tuple(saved.module for saved in group)
+        return Held(first.storage.cdata, first.nbytes, first.dtype, modules, tuple(map(self._operator_of, group)))
 
     def _operator_of(self, saved: _Saved) -> str:
         if saved.module == OUTSIDE:
@@ -162,25 +184,16 @@ class CacheMeter:
         return self._operators.get(saved.node) or self._operators.get(saved.node - 1, OUTSIDE)
 
 
-@dataclass
-class _Entry:
-    """One storage that is held, and by whom."""
-
-    storage: int
-    nbytes: int
-    modules: list[str]
-    operators: list[str]
-
-
 class _Saved:
     """What the graph holds in place of a saved tensor; it dies with its node."""
 
-    __slots__ = ("__weakref__", "module", "nbytes", "node", "storage", "tensor")
+    __slots__ = ("__weakref__", "dtype", "module", "nbytes", "node", "storage", "tensor")
 
     def __init__(self, tensor: Tensor, retain: bool, module: str, node: int) -> None:
         self.tensor = tensor if retain else None
         self.storage = StorageWeakRef(tensor.untyped_storage())  # keeps the storage's identity, not its bytes
         self.nbytes = tensor.untyped_storage().nbytes()
+        self.dtype = str(tensor.dtype).removeprefix("torch.")
         self.module = module
         self.node = node
 
@@ -199,9 +212,84 @@ def _operator(node: Node) -> str:
     return re.sub(r"(Function)?Backward\d*$", "", node.name())
 
 
-def _sum_by(sizes: Iterable[tuple[str, int]]) -> dict[str, int]:
-    """Sum of the sizes of each name, largest first."""
-    sums: Counter[str] = Counter()
-    for name, nbytes in sizes:
-        sums[name] += nbytes
-    return dict(sums.most_common())
+def _sizes(rows: list[Row]) -> dict[str, int]:
+    return {row.name: row.nbytes for row in rows}
+
+
+def estimate_cache(
+    model: nn.Module | Callable[[], nn.Module],
+    input_shape: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    loss_fn: Callable[[Any], Any] | None = None,
+) -> CacheMeter:
+    """What :class:`CacheMeter` would measure in a forward pass of ``model``, without its memory or its time.
+
+    ``model``: a module, which is left alone, or a function that builds one; both run on the meta device, in training
+    mode. ``input_shape``: of the one input, its first dimension the batch; ``dtype``: of the input. ``loss_fn``: what
+    is computed of the output and belongs to the cache. Attention is taken to run in one kernel, as it does on CPUs and
+    GPUs without dropout. Raises RuntimeError where the model asks for values, which the meta device has not.
+    """
+    with torch.device("meta"):
+        built = _on_meta(model) if isinstance(model, nn.Module) else model()
+        x = torch.empty(tuple(input_shape), dtype=dtype)
+    built.train()
+    with _fused_attention(), CacheMeter(built) as meter:
+        output = built(x)
+        if loss_fn is not None:
+            output = loss_fn(output)
+    del output
+    return meter
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without any values."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Have attention on the meta device hold what a fused kernel holds, and not its weights.
+
+    PyTorch has no fused kernel for meta tensors. The function is replaced, not intercepted by a mode, because modes
+    do not see into ``F.multi_head_attention_forward``.
+    """
+    real = F.scaled_dot_product_attention
+
+    def attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        *rest: Any,
+        **named: Any,
+    ) -> Tensor:
+        fused = query.is_meta and dropout_p == 0 and (attn_mask is None or not attn_mask.requires_grad)
+        if fused and torch.is_grad_enabled():
+            return ScaledDotProductAttention.apply(query, key, value, attn_mask)[0]  # type: ignore[no-any-return]
+        return real(query, key, value, attn_mask, dropout_p, *rest, **named)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = real
+
+
+class ScaledDotProductAttention(Function):
+    """The shapes of fused attention: it holds q, k, v, its output, and a logarithm for each row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(N, heads, L, head_dim) each."""
+        output = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty((*q.shape[:-1], v.shape[-1]))
+        rows = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        ctx.mark_non_differentiable(rows)
+        ctx.save_for_backward(q, k, v, output, rows, mask)
+        return output, rows

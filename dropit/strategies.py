@@ -158,7 +158,7 @@ class Draws:
         return torch.empty_like(like).uniform_(generator=self._generator(like.device))
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
-        if self.seed is None:
+        if self.seed is None or device.type == "meta":
             return None
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)

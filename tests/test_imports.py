@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "dropit.packer": {"dropit.packed", "dropit.ops", "dropit.strategies"},
     "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.packer"},
     "dropit.convert": {"dropit.layers", "dropit.strategies", "dropit.packer", "dropit.memory"},
-    "dropit.memory": set(),
+    "dropit.ledger": set(),
+    "dropit.memory": {"dropit.ledger"},
     "dropit": {"dropit.convert", "dropit.layers", "dropit.memory", "dropit.strategies"},
 }
 

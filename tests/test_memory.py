@@ -1,9 +1,13 @@
+import copy
+import json
+
 import pytest
 import torch
 import torchvision
 from torch import nn
 
 import dropit
+from benchmarks.architectures import bert
 from dropit import CacheMeter
 
 MIB = 2**20
@@ -172,12 +176,90 @@ def test_dropping_lowers_what_a_vit_holds_by_what_is_not_stored():
     del y, z
 
 
-def test_the_table_can_be_read():
+def test_the_tables_can_be_read_by_people_and_by_programs():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     with CacheMeter(model) as meter:
         y = model(torch.randn(1000, 8))
     lines = str(meter).splitlines()
-    assert lines[0].split() == ["held", "for", "backward", "MiB", "share"]
-    assert lines[1].split() == ["Addmm", "+", "Relu", "0.06", "66.7%"]
-    assert lines[-1].split() == ["total", "0.09"]
+    assert lines[0].split() == ["held", "for", "backward,", "by", "operator", "held,", "MiB", "share", "stored", "as"]
+    assert lines[1].split() == ["Addmm", "+", "Relu", "0.06", "66.7%", "float32"]
+    assert lines[3].split() == ["total", "0.09"]
+    assert lines[5].split()[:2] == ["by", "module"]
+    known = json.loads(meter.to_json())
+    assert known["total_bytes"] == 96000
+    assert known["by_operator"] == {"Addmm + Relu": 64000, "Addmm": 32000}
+    assert known["storages"][1] == {
+        "bytes": 64000,
+        "dtype": "float32",
+        "modules": ["1", "2"],
+        "operators": ["Relu", "Addmm"],
+    }
     del y
+
+
+def test_a_table_may_compare_with_the_plain_model():
+    plain = nn.Sequential(nn.Linear(64, 64), nn.GELU())
+    ours = dropit.to_dropit(copy.deepcopy(plain), compress="int8")
+    before, after = (dropit.estimate_cache(model, (1024, 64)) for model in (plain, ours))
+    table = after.table(before)
+    rows = {line.split("  ")[0]: line.split() for line in table.splitlines() if line}
+    assert rows["Addmm"][1:3] == ["0.00", "0.25"]
+    assert rows["DropITActivation"][1:] == ["0.06", "0.00", "66.3%", "uint8"]
+    assert rows["total"][1:] == ["0.09", "0.50"]
+
+
+SIX = {
+    "resnet18": (lambda: torchvision.models.resnet18(num_classes=10), (2, 3, 64, 64), torch.float32),
+    "vit": (
+        lambda: torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 128, num_classes=10),
+        (2, 3, 32, 32),
+        torch.float32,
+    ),
+    "convnext": (lambda: torchvision.models.convnext_tiny(num_classes=10), (2, 3, 64, 64), torch.float32),
+    "mobilenet": (lambda: torchvision.models.mobilenet_v3_small(num_classes=10), (2, 3, 64, 64), torch.float32),
+    "swin": (lambda: torchvision.models.swin_t(num_classes=10), (2, 3, 64, 64), torch.float32),
+    "bert": (lambda: bert()[0], (4, 32), torch.long),
+}
+
+
+@pytest.mark.parametrize("compress", [None, "lossless", "int8", "int4"])
+@pytest.mark.parametrize("name", SIX)
+def test_the_estimate_is_the_measurement(name, compress):
+    make, shape, dtype = SIX[name]
+    model = make().train()
+    if compress is not None:
+        dropit.to_dropit(model, compress=compress)
+    x = torch.randn(shape) if dtype.is_floating_point else torch.randint(100, shape)
+    parameters = [parameter.clone() for parameter in model.parameters()]
+    estimated = dropit.estimate_cache(model, shape, dtype=dtype)
+    with CacheMeter(model) as meter:
+        y = model(x)
+    assert estimated.total_bytes == pytest.approx(meter.total_bytes, rel=0.02)
+    assert estimated.by_module() == pytest.approx(meter.by_module(), rel=0.02)
+    assert all(map(torch.equal, model.parameters(), parameters))
+    del y
+
+
+def test_an_estimate_allocates_nothing():
+    """A model of 40 GB, on a batch whose cache would take 4 TB."""
+
+    def make():
+        layers = [nn.Linear(50_000, 50_000), nn.ReLU(), nn.Linear(50_000, 50_000)]
+        return dropit.to_dropit(nn.Sequential(*layers), "random", gamma=0.9, seed=1)
+
+    meter = dropit.estimate_cache(make, (10_000_000, 50_000), loss_fn=lambda y: y.exp().sum())
+    n = 10_000_000 * 50_000
+    assert meter.by_operator()["DropITLinear"] == pytest.approx(2 * n * 0.5, rel=0.05)
+    assert meter.by_module()["(outside the model)"] == 4 * n
+
+
+def test_attention_is_put_back_after_an_estimate():
+    real = nn.functional.scaled_dot_product_attention
+
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        dropit.estimate_cache(Asks, (2, 3))
+    assert nn.functional.scaled_dot_product_attention is real
