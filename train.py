@@ -1,6 +1,6 @@
-"""Train or evaluate an image classifier whose Linear and Conv2d layers keep only part of their input.
+"""Train, evaluate or describe an image classifier whose layers keep only part of their input.
 
-python train.py --cfg configs/digits/vit_tiny_fastminkx0.9.yaml [--mode train|eval] [--resume] [KEY VALUE ...]
+python train.py --cfg configs/digits/vit_tiny_fastminkx0.9.yaml [--mode train|eval|info] [--resume] [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import NoReturn
 
 from dropit.training import runs
 from dropit.training.errors import ConfigError, UserError
+
+MODES = {"train": runs.train, "eval": runs.evaluate, "info": runs.info}
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,7 +27,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """Flags and KEY VALUE overrides, in any order."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cfg", metavar="FILE", required=True, help="config, a .yaml file")
-    parser.add_argument("--mode", choices=("train", "eval"), default="train", help="default: train")
+    parser.add_argument("--mode", choices=tuple(MODES), default="train", help="default: train")
     parser.add_argument("--resume", action="store_true", help="go on from CKPT, or from this config's newest run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="KEY VALUE", help="config keys, as SOLVER.LR 0.1")
@@ -37,8 +39,7 @@ def main(argv: list[str]) -> int:
     debug = "--debug" in argv
     try:
         args = parse(argv)
-        run = runs.train if args.mode == "train" else runs.evaluate
-        run(args.cfg, args.overrides, resume=args.resume)
+        MODES[args.mode](args.cfg, args.overrides, resume=args.resume)
     except UserError as error:
         if debug:
             raise

@@ -17,7 +17,14 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ("vit_tiny", "vit_tiny_fastminkx0.9", "resnet_tiny", "resnet_tiny_fastminkx0.8")
+ROWS = (
+    "vit_tiny",
+    "vit_tiny_fastminkx0.9",
+    "vit_tiny_fastminkx0.9_int8",
+    "resnet_tiny",
+    "resnet_tiny_fastminkx0.8",
+    "resnet_tiny_fastminkx0.8_int8",
+)
 
 
 def run(row: str, seed: int, output: str) -> dict[str, float]:

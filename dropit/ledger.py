@@ -102,7 +102,7 @@ def as_rich(title: str, rows: list[Row]) -> Any:
     heads, lines = columns(title, rows)
     table = Table()
     for i, head in enumerate(heads):
-        table.add_column(head, justify="left" if i in {0, len(heads) - 1} else "right")
+        table.add_column(head, justify="left" if i in {0, len(heads) - 1} else "right", overflow="fold")
     for line in lines[:-1]:
         table.add_row(*line)
     table.add_section()

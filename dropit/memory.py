@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from dropit.ledger import Held, Row, as_rich, as_text, group, rows_by
 
 OUTSIDE = "(outside the model)"
+_ROWS = 6  # of a table by module, at least
 
 
 class CacheMeter:
@@ -85,8 +87,11 @@ class CacheMeter:
         elsewhere = [held for held in self._held() if held.storage in inputs and fqn not in held.modules]
         return _sizes(rows_by(lambda held: f"{held.operator} in {held.modules[0] or 'the model'}", elsewhere))
 
-    def table(self, plain: CacheMeter | None = None, *, depth: int = 2) -> str:
-        """By operator, and by module down to ``depth``; with another meter, of the plain model, what that one holds."""
+    def table(self, plain: CacheMeter | None = None, *, depth: int | None = None) -> str:
+        """By operator, and by module; with another meter, of the plain model, what that one holds.
+
+        ``depth``: parts of a module's name that are told apart; None takes as many as give a table of some length.
+        """
         return "\n\n".join(as_text(title, rows) for title, rows in self._tables(plain, depth))
 
     def to_json(self) -> str:
@@ -101,13 +106,25 @@ class CacheMeter:
     def __str__(self) -> str:
         return self.table()
 
-    def __rich__(self) -> Any:
-        from rich.console import Group
+    def show(self, plain: CacheMeter | None = None, *, depth: int | None = None) -> None:
+        """Print :meth:`table`, on a terminal by rich where that is installed."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            Console = None
+        if Console is None or not sys.stdout.isatty():
+            print(self.table(plain, depth=depth))
+            return
+        for title, rows in self._tables(plain, depth):
+            Console().print(as_rich(title, rows))
 
-        return Group(*(as_rich(title, rows) for title, rows in self._tables(None, 2)))
-
-    def _tables(self, plain: CacheMeter | None, depth: int) -> list[tuple[str, list[Row]]]:
+    def _tables(self, plain: CacheMeter | None, depth: int | None) -> list[tuple[str, list[Row]]]:
         others = None if plain is None else plain._held()
+        if depth is None:
+            names = {held.modules[0] for held in self._held()}
+            deepest = max((name.count(".") + 1 for name in names), default=1)
+            enough = (d for d in range(1, deepest) if len({group(name, d) for name in names}) >= _ROWS)
+            depth = next(enough, deepest)
         return [
             ("held for backward, by operator", rows_by(lambda held: held.operator, self._held(), others)),
             ("by module", rows_by(lambda held: group(held.modules[0], depth), self._held(), others)),

@@ -23,6 +23,7 @@ def test_the_published_rows_and_the_digits_are_all_there():
     assert {f"{data}/{row}" for data in ("cifar100", "imagenet") for row in PUBLISHED} <= names
     tiny = {"vit_tiny", "vit_tiny_fastminkx0.9", "resnet_tiny", "resnet_tiny_fastminkx0.8"}
     assert {f"digits/{row}" for row in tiny} <= names
+    assert all(f"{name}_int8" in names for name in names if name.split("x")[-1] in {"0.8", "0.9"})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
@@ -37,14 +38,16 @@ def test_it_builds_its_model_and_optimizer(path):
     converted = dropit.coverage(classifier.model).converted
     assert (converted > 0) == cfg.MODEL.DROPIT == ("fastmink" in path.name)
     if cfg.MODEL.DROPIT:
-        assert f"_{cfg.DROPIT.STRATEGY}x{cfg.DROPIT.GAMMA}" in path.name
+        compress = "" if cfg.DROPIT.COMPRESS == "lossless" else f"_{cfg.DROPIT.COMPRESS}"
+        assert path.stem.endswith(f"_{cfg.DROPIT.STRATEGY}x{cfg.DROPIT.GAMMA}{compress}")
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if "fastmink" in p.name], ids=name)
 def test_it_differs_from_its_plain_config_in_dropping_alone(path):
     plain = path.with_name(path.name.split("_fastmink")[0] + ".yaml")
-    ours, theirs = load(path), load(plain, ["MODEL.DROPIT", "true", "DROPIT.GAMMA", str(load(path).DROPIT.GAMMA)])
-    assert ours == theirs
+    ours = load(path)
+    dropping = ["DROPIT.GAMMA", str(ours.DROPIT.GAMMA), "DROPIT.COMPRESS", ours.DROPIT.COMPRESS]
+    assert ours == load(plain, ["MODEL.DROPIT", "true", *dropping])
 
 
 RECIPES = {

@@ -25,6 +25,12 @@ from dropit.training.optim import Recipe
 def build_classifier(cfg: CfgNode, *, pretrained: bool = True) -> Classifier:
     """The model, its DropIT layers, and what trains it; MODEL.PRETRAINED only if asked to."""
     seed_everything(cfg.SEED, workers=True, verbose=False)
+    model = build_network(cfg, dropit=cfg.MODEL.DROPIT, pretrained=pretrained)
+    return Classifier(model, cfg.MODEL.NUM_CLASSES, build_recipe(cfg))
+
+
+def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False) -> nn.Module:
+    """The model alone, with or without its DropIT layers."""
     model = build_model(
         cfg.MODEL.ARCH,
         cfg.MODEL.NUM_CLASSES,
@@ -32,9 +38,9 @@ def build_classifier(cfg: CfgNode, *, pretrained: bool = True) -> Classifier:
         stem=cfg.MODEL.STEM,
         pretrained=cfg.MODEL.PRETRAINED if pretrained else "",
     )
-    if cfg.MODEL.DROPIT:
+    if dropit:
         convert(model, cfg)
-    return Classifier(model, cfg.MODEL.NUM_CLASSES, build_recipe(cfg))
+    return model
 
 
 def convert(model: nn.Module, cfg: CfgNode) -> None:

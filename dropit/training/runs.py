@@ -18,12 +18,14 @@ from dropit.training.builders import (
     build_checkpointing,
     build_classifier,
     build_data,
+    build_network,
     build_trainer,
     pick_accelerator,
 )
 from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
 from dropit.training.config import load
 from dropit.training.errors import ConfigError, SetupError
+from dropit.training.info import describe
 
 _KNOWN_WARNINGS = (
     ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
@@ -83,6 +85,22 @@ def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -
     if trainer.is_global_zero:
         print(f"checkpoint   {path}")
         print("validation   " + ", ".join(f"{tag.removeprefix('val/')} {metrics[tag]:.4f}" for tag in sorted(metrics)))
+
+
+def info(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Print what a step of one process would compute and hold, without computing or holding it."""
+    if resume:
+        raise ConfigError("--resume is for --mode train")
+    _quiet()
+    cfg = load(cfg_path, overrides)
+    batch = cfg.SOLVER.BATCH_SIZE // cfg.NUM_GPUS
+    describe(
+        f"{cfg.MODEL.ARCH} on {cfg.DATASET}",
+        lambda: build_network(cfg, dropit=False),
+        (lambda: build_network(cfg, dropit=True)) if cfg.MODEL.DROPIT else None,
+        (batch, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE),
+        momentum=cfg.SOLVER.MOMENTUM > 0,
+    )
 
 
 def run_dir(cfg_path: str | Path, output_dir: str | Path) -> Path:
