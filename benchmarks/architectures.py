@@ -147,15 +147,19 @@ def main() -> None:
     parser.add_argument("--gamma", type=float, default=0.9)
     args = parser.parse_args()
     print(f"fastmink, gamma {args.gamma}; torch {torch.__version__}, torchvision {torchvision.__version__}\n")
-    print("| model | plain, MiB | DropIT, MiB | change | layers converted |\n|---|---:|---:|---:|---:|")
+    print("| model | plain, MiB | lossless | int8 | layers converted |\n|---|---:|---:|---:|---:|")
     for name, make in ARCHITECTURES.items():
         torch.manual_seed(0)
         model, loss = make()
         plain = held(model.train(), loss)
-        ours = held(dropit.to_dropit(model, gamma=args.gamma), loss)
+        cells = []
+        for compress in ("lossless", "int8"):
+            ours = held(dropit.to_dropit(model, gamma=args.gamma, compress=compress), loss)
+            cells.append(f"{ours / 2**20:.2f} ({ours / plain - 1:+.0%})")
         report = dropit.coverage(model)
-        sizes = f"{plain / 2**20:.2f} | {ours / 2**20:.2f} | {ours / plain - 1:+.0%}"
-        print(f"| {name} | {sizes} | {report.converted} of {len(report)} |", flush=True)
+        print(
+            f"| {name} | {plain / 2**20:.2f} | {' | '.join(cells)} | {report.converted} of {len(report)} |", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 MIB = 2**20
 
@@ -95,8 +94,9 @@ def as_text(title: str, rows: list[Row]) -> str:
     )
 
 
-def as_rich(title: str, rows: list[Row]) -> Any:
-    """The same for rich, where that is installed."""
+def print_rich(title: str, rows: list[Row]) -> None:
+    """Print the same by rich."""
+    from rich.console import Console
     from rich.table import Table
 
     heads, lines = columns(title, rows)
@@ -107,4 +107,4 @@ def as_rich(title: str, rows: list[Row]) -> Any:
         table.add_row(*line)
     table.add_section()
     table.add_row(*lines[-1])
-    return table
+    Console().print(table)

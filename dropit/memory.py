@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import re
 import sys
@@ -20,7 +21,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from dropit.ledger import Held, Row, as_rich, as_text, group, rows_by
+from dropit.ledger import Held, Row, as_text, group, print_rich, rows_by
 
 OUTSIDE = "(outside the model)"
 _ROWS = 6  # of a table by module, at least
@@ -108,15 +109,11 @@ class CacheMeter:
 
     def show(self, plain: CacheMeter | None = None, *, depth: int | None = None) -> None:
         """Print :meth:`table`, on a terminal by rich where that is installed."""
-        try:
-            from rich.console import Console
-        except ImportError:
-            Console = None
-        if Console is None or not sys.stdout.isatty():
+        if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
             print(self.table(plain, depth=depth))
             return
         for title, rows in self._tables(plain, depth):
-            Console().print(as_rich(title, rows))
+            print_rich(title, rows)
 
     def _tables(self, plain: CacheMeter | None, depth: int | None) -> list[tuple[str, list[Row]]]:
         others = None if plain is None else plain._held()

@@ -1,4 +1,6 @@
-from dropit.ledger import Held, as_text, group, rows_by
+import pytest
+
+from dropit.ledger import Held, as_text, group, print_rich, rows_by
 
 HELD = [
     Held(1, 3 * 2**20, "float32", ("a.b.c", "a.d"), ("Relu", "Convolution")),
@@ -41,3 +43,10 @@ def test_a_table_in_plain_text():
 
 def test_an_empty_table():
     assert as_text("by operator", []).splitlines()[-1].split() == ["total", "0.00"]
+
+
+def test_the_same_table_by_rich(capsys):
+    pytest.importorskip("rich")
+    print_rich("by operator", rows_by(lambda held: held.operator, HELD, HELD[:1]))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("by operator", "plain, MiB", "Convolution", "54.5%", "5.50"))

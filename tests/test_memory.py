@@ -197,6 +197,19 @@ def test_the_tables_can_be_read_by_people_and_by_programs():
     del y
 
 
+def test_show_prints_the_table_where_rich_is_not_or_nobody_looks(capsys, monkeypatch):
+    model = nn.Linear(8, 4)
+    with CacheMeter(model) as meter:
+        y = model(torch.randn(10, 8))
+    meter.show()
+    assert capsys.readouterr().out == f"{meter}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    meter.show()
+    assert capsys.readouterr().out == f"{meter}\n"
+    del y
+
+
 def test_a_table_may_compare_with_the_plain_model():
     plain = nn.Sequential(nn.Linear(64, 64), nn.GELU())
     ours = dropit.to_dropit(copy.deepcopy(plain), compress="int8")
