@@ -1,7 +1,7 @@
 """DropIT: train with the top-k elements of each layer's input in memory, not all of them."""
 
 from dropit.convert import COMPRESS, VALUE_DTYPES, Coverage, coverage, from_dropit, to_dropit
-from dropit.layers import LosslessLayer, PackedInputLayer, register
+from dropit.layers import LosslessLayer, PackedInputLayer, QuantizedLayer, register
 from dropit.memory import CacheMeter, estimate_cache
 from dropit.strategies import STRATEGIES
 
@@ -14,6 +14,7 @@ __all__ = [
     "Coverage",
     "LosslessLayer",
     "PackedInputLayer",
+    "QuantizedLayer",
     "coverage",
     "estimate_cache",
     "from_dropit",

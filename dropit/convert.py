@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from dropit.budget import Setting, fit, parse_bytes
 from dropit.layers import (
     SWAPS,
     DropITLayer,
@@ -33,6 +36,7 @@ _PLAIN = "plain: left out, or to_dropit was not called"
 _NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
 
 Filter = Callable[[nn.Module, str], bool]
+Targets = dict[str, tuple[nn.Module, type[DropITLayer]]]  # by name: a module, and the class to swap in
 
 
 def to_dropit(
@@ -47,6 +51,11 @@ def to_dropit(
     stochastic: bool = False,
     filter_fn: Filter | None = None,
     seed: int | None = None,
+    budget: int | str | None = None,
+    example_input: Any = None,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    gamma_min: float = 0.0,
+    gamma_max: float = 0.98,
 ) -> nn.Module:
     """Make the layers of ``model`` keep only part of their input for the backward pass. In place; returns the model.
 
@@ -62,9 +71,22 @@ def to_dropit(
     filter_fn(module, fqn): which layers to convert.
     seed: for "random", "random_c" and stochastic rounding, their own random numbers instead of PyTorch's.
 
+    budget: bytes, or text such as "4 GiB", that a forward pass of ``example_input`` may hold for backward. Each layer's
+    gamma, in [gamma_min, gamma_max], and its bits are then chosen so that it fits and the gradient errs least, and
+    ``gamma`` and ``compress`` are not asked. A few steps are taken to measure that, with ``loss_fn`` of the output (if
+    None the mean of its squares, or a Hugging Face output's own loss), and the model's state is left as it was.
+    example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
+
     Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
     arguments. Raises ValueError where an argument is out of range or no layer with a weight could be converted.
     """
+    if budget is not None:
+        if example_input is None:
+            raise ValueError("budget needs example_input, a batch of the size that it is for")
+        if not 0 <= gamma_min <= gamma_max < 1:
+            raise ValueError(f"0 <= gamma_min <= gamma_max < 1 is needed, got {gamma_min} and {gamma_max}")
+        parse_bytes(budget)
+        gamma, compress = gamma_max, "int8"  # to begin with
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
     bits = _BITS.get(compress)
@@ -80,22 +102,59 @@ def to_dropit(
         stochastic=stochastic,
         seed=seed if stochastic else None,
     )
-    targets = []
+    targets: Targets = {}
     for fqn, module in _spoken_of(model):
         swap = swap_for(plain_type(module))
         if swap is not None and (filter_fn is None or filter_fn(module, fqn)):
-            targets.append((module, swap))
-    if not any(issubclass(swap, PackedInputLayer) for _, swap in targets):
+            targets[fqn] = (module, swap)
+    if not any(issubclass(swap, PackedInputLayer) for _, swap in targets.values()):
         raise ValueError(_nothing_converted(model))
     _warn_if_nothing_shrinks(packer, model)
-    for module, swap in targets:
-        if _is_wanted(swap, compress):
-            module.__class__ = swap  # type: ignore[assignment]
-            if issubclass(swap, (PackedInputLayer, QuantizedLayer)):
-                module.packer = packer  # type: ignore[assignment]
-        else:
-            _restore(module)
+    for module, swap in targets.values():
+        _swap(module, swap if _is_wanted(swap, compress) else None, packer)
+    if budget is not None:
+        fit(
+            model,
+            parse_bytes(budget),
+            lambda setting: _configure(targets, packer, setting),
+            lambda: _loss(model, example_input, loss_fn),
+            gamma_min=gamma_min,
+            gamma_max=gamma_max,
+            levels=_BITS.values(),
+        )
     return model
+
+
+def _swap(module: nn.Module, swap: type[DropITLayer] | None, packer: Packer) -> None:
+    if swap is None:
+        _restore(module)
+        return
+    module.__class__ = swap  # type: ignore[assignment]
+    if issubclass(swap, (PackedInputLayer, QuantizedLayer)):
+        module.packer = packer  # type: ignore[assignment]
+
+
+def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
+    """Give each layer the packer of its own setting; those of one setting share theirs."""
+    packers: dict[tuple[float, int | None], Packer] = {}
+    for fqn, (module, swap) in targets.items():
+        bits = setting.bits.get(fqn)
+        wanted = issubclass(swap, PackedInputLayer) or bits is not None or issubclass(swap, LosslessLayer)
+        key = (setting.gammas.get(fqn, like.strategy.gamma), bits)
+        if key not in packers:
+            packers[key] = like.replaced(gamma=key[0], bits=bits)
+        _swap(module, swap if wanted else None, packers[key])
+
+
+def _loss(model: nn.Module, example: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
+    arguments = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
+    output = model(*arguments, **(example if isinstance(example, Mapping) else {}))
+    if loss_fn is not None:
+        return loss_fn(output)
+    if getattr(output, "loss", None) is not None:
+        return output.loss  # type: ignore[no-any-return]
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.float().square().mean() for leaf in tensors]).sum()
 
 
 def _is_wanted(swap: type[DropITLayer], compress: str) -> bool:

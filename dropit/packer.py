@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ class Packer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def replaced(self, *, gamma: float, bits: int | None) -> Packer:
+        """A packer that differs from this one in gamma and bits alone."""
+        state = self.__getstate__() | {"strategy": dataclasses.replace(self.strategy, gamma=gamma), "bits": bits}
+        return Packer(**state)
 
     def __repr__(self) -> str:
         values = f", values in {self.value_dtype}" if self.value_dtype else ""

@@ -280,7 +280,7 @@ def test_a_parametrized_layer_is_converted():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Linear, "is not a subclass of PackedInputLayer or LosslessLayer"),
+        (nn.Linear, "is not a subclass of PackedInputLayer, LosslessLayer or QuantizedLayer"),
         (type("Half", (dropit.PackedInputLayer,), {}), "Half.plain must be the class that it takes the place of"),
         (type("Other", (dropit.PackedInputLayer,), {"plain": nn.Linear}), "got <class 'torch.nn.*Linear'>"),
     ],

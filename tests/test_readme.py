@@ -54,7 +54,18 @@ def test_the_train_commands_run_as_typed_one_after_the_other(workplace):
         assert train.main([*arguments, *shorter]) == 0
 
 
-@pytest.mark.parametrize("command", [c for c in TRAIN if any(f"configs/{data}" in c for data in OFFLINE)])
+@pytest.mark.parametrize("command", [c for c in TRAIN if "--mode info" in c])
+def test_info_answers_without_the_data_and_soon(workplace, command):
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert "converted 112 of 112" in done.stdout
+    assert "predicted peak of a step" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in TRAIN if any(f"configs/{data}" in c for data in OFFLINE) and "--mode info" not in c]
+)
 def test_without_the_data_or_the_gpus_one_line_says_what_is_missing(workplace, monkeypatch, capsys, command):
     def offline(*args, **kwargs):
         raise OSError("no network")
@@ -85,9 +96,7 @@ def test_the_walk_through_of_contributing_runs():
     assert "DropITWeighted" in names
 
 
-@pytest.mark.parametrize(
-    ("benchmark", "rows"), [("memory", 5), ("architectures", 31)]
-)
+@pytest.mark.parametrize(("benchmark", "rows"), [("memory", 5), ("architectures", 31)])
 @pytest.mark.slow
 def test_the_tables_are_what_the_benchmarks_print(workplace, benchmark, rows):
     assert f"python benchmarks/{benchmark}.py" in COMMANDS

@@ -30,11 +30,12 @@ Layer = TypeVar("Layer", bound=type[DropITLayer])
 def register(layer: Layer) -> Layer:
     """Have ``to_dropit`` swap modules of type ``layer.plain`` for ``layer``. A decorator.
 
-    ``layer`` subclasses ``PackedInputLayer`` or ``LosslessLayer``, and ``layer.plain``; it adds no state of its own.
+    ``layer`` subclasses ``PackedInputLayer``, ``LosslessLayer`` or ``QuantizedLayer``, and ``layer.plain``; it adds no
+    state of its own.
     """
     plain = getattr(layer, "plain", None)
     if not (isinstance(layer, type) and issubclass(layer, DropITLayer)):
-        raise TypeError(f"{layer!r} is not a subclass of PackedInputLayer or LosslessLayer")
+        raise TypeError(f"{layer!r} is not a subclass of PackedInputLayer, LosslessLayer or QuantizedLayer")
     if not (isinstance(plain, type) and issubclass(layer, plain)):
         raise TypeError(f"{layer.__name__}.plain must be the class that it takes the place of, got {plain!r}")
     SWAPS[plain] = layer

@@ -1,0 +1,205 @@
+import copy
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import dropit
+from dropit.budget import Item, Option, parse_bytes, solve
+
+
+@pytest.mark.parametrize(
+    ("given", "nbytes"),
+    [(1000, 1000), ("4 GiB", 2**32), ("1.5MiB", 3 * 2**19), ("500 mb", 500_000_000), ("12", 12), (" 1 kb ", 1000)],
+)
+def test_bytes_are_read_as_people_write_them(given, nbytes):
+    assert parse_bytes(given) == nbytes
+
+
+@pytest.mark.parametrize("given", ["", "4 GB/s", "-1", 0, "0 GiB", "many", None, float("nan")])
+def test_what_is_no_number_of_bytes_is_refused(given):
+    with pytest.raises(ValueError, match="budget must be a number of bytes or text such as '4 GiB'"):
+        parse_bytes(given)
+
+
+def gammas(*options):
+    return Item(["a"], [Option(*option) for option in options], between=True)
+
+
+def bits(*options):
+    return Item(["b"], [Option(*option) for option in options], between=False)
+
+
+def test_an_option_that_a_mixture_beats_is_not_on_the_hull():
+    item = gammas((0.9, 0, 10.0), (0.8, 1, 9.0), (0.5, 2, 2.0), (0.3, 3, 2.5), (0.0, 4, 0.0))
+    assert [option.value for option in item.hull()] == [0.9, 0.5, 0.0]
+
+
+def test_bytes_go_where_they_lower_the_error_most():
+    steep = gammas((0.9, 0, 10.0), (0.1, 10, 0.0))
+    flat = gammas((0.9, 0, 5.0), (0.1, 10, 0.0))
+    assert solve([flat, steep], 0) == [0.9, 0.9]
+    assert solve([flat, steep], 10) == [0.9, 0.1]
+    assert solve([flat, steep], 15) == [pytest.approx(0.5), 0.1]
+    assert solve([flat, steep], 99) == [0.1, 0.1]
+
+
+def test_what_cannot_be_split_waits_until_it_fits_and_others_use_the_rest():
+    whole = bits((4, 0, 100.0), (8, 10, 0.0))
+    fine = gammas((0.9, 0, 5.0), (0.1, 10, 0.0))
+    assert solve([whole, fine], 5) == [4, pytest.approx(0.5)]
+    assert solve([whole, fine], 10) == [8, 0.9]
+
+
+def test_more_bytes_never_mean_more_error():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        items = []
+        for index in range(6):
+            size, error = torch.rand(4, generator=generator).cumsum(0), torch.rand(4, generator=generator)
+            options = [Option(float(i), s.item(), e.item()) for i, (s, e) in enumerate(zip(size, error, strict=True))]
+            items.append(Item([str(index)], options, between=index % 2 == 0))
+        before = float("inf")
+        for spare in torch.linspace(3, 16, 40).tolist():
+            error = sum(at(item, value) for item, value in zip(items, solve(items, spare), strict=True))
+            assert error <= before + 1e-9
+            before = error
+
+
+def at(item, value):
+    """The error of a value, between those of the hull's options."""
+    hull = item.hull()
+    for a, b in pairwise(hull):
+        if min(a.value, b.value) <= value <= max(a.value, b.value):
+            return a.error + (b.error - a.error) * (value - a.value) / (b.value - a.value)
+    return hull[0].error
+
+
+class Net(nn.Module):
+    """A convolution, normalization and attention; a functional ReLU holds what the last layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 32, 3, padding=1, stride=2), nn.BatchNorm2d(32)
+        self.mixer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, activation=nn.GELU())
+        self.head, self.last = nn.Linear(32, 64), nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().flatten(2).transpose(1, 2)
+        return self.last(self.head(self.mixer(x)).relu().mean(dim=1))
+
+
+def setting():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    return Net(), x, lambda output: nn.functional.cross_entropy(output, y)
+
+
+def held(model, x):
+    with dropit.CacheMeter(model, retain=False) as meter:
+        y = model(x)
+    del y
+    return meter.total_bytes
+
+
+def gradient(model, x, loss_fn):
+    model.zero_grad()
+    loss_fn(model(x)).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("part", [0.35, 0.5, 0.7])
+def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
+    plain, x, loss_fn = setting()
+    exact = gradient(copy.deepcopy(plain), x, loss_fn)
+    budget = int(part * held(plain, x))
+    ours = dropit.to_dropit(copy.deepcopy(plain), budget=budget, example_input=x, loss_fn=loss_fn)
+    size = held(ours, x)
+    assert 0.9 * budget <= size <= budget
+    error = (gradient(ours, x, loss_fn) - exact).norm()
+    for compress in ("lossless", "int8", "int4"):
+        for gamma in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
+            other = dropit.to_dropit(copy.deepcopy(plain), gamma=gamma, compress=compress)
+            if held(other, x) <= size:
+                assert error < (gradient(other, x, loss_fn) - exact).norm()
+                break  # a larger gamma errs more
+
+
+def test_the_models_state_is_left_as_it_was():
+    model, x, loss_fn = setting()
+    state = copy.deepcopy(model.state_dict())
+    model.head.weight.grad = torch.ones(64, 32)
+    before = torch.get_rng_state()
+    dropit.to_dropit(model, budget="1 MiB", example_input=(x,), loss_fn=loss_fn)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+    assert torch.equal(model.head.weight.grad, torch.ones(64, 32))
+    assert model.conv.weight.grad is None
+    names = list(state)
+    assert list(dropit.from_dropit(model).state_dict()) == names
+
+
+def test_a_budget_of_plenty_changes_no_gradient():
+    model, x, loss_fn = setting()
+    exact = gradient(copy.deepcopy(model), x, loss_fn)
+    dropit.to_dropit(model, budget="1 GiB", example_input={"x": x}, loss_fn=loss_fn)
+    torch.testing.assert_close(gradient(model, x, loss_fn), exact)
+
+
+def test_gammas_stay_in_their_range_but_where_dropping_frees_nothing():
+    model, x, _ = setting()
+    budget = int(0.5 * held(model, x))
+    dropit.to_dropit(model, budget=budget, example_input=x, gamma_min=0.2, gamma_max=0.9)
+    assert 0.2 <= model.conv.strategy.gamma <= 0.9
+    assert 0.2 <= model.mixer.linear2.strategy.gamma <= 0.9
+
+
+def test_where_another_operation_holds_the_input_nothing_is_dropped():
+    """A packed copy would come on top."""
+
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return self.second(self.first(x).relu())
+
+    torch.manual_seed(0)
+    model, x = Functional(), torch.randn(256, 64)
+    dropit.to_dropit(model, budget=int(0.8 * held(model, x)), example_input=x, gamma_min=0.3)
+    assert model.second.strategy.gamma == 0
+    assert model.first.strategy.gamma >= 0.3
+
+
+def test_a_budget_that_cannot_be_met_says_what_the_least_is():
+    model, x, _ = setting()
+    with pytest.raises(
+        ValueError, match=r"budget of 0\.0 MiB cannot be met: the least that this model holds is 0\.\d MiB"
+    ):
+        dropit.to_dropit(model, budget="1 kB", example_input=x)
+
+
+def test_a_budget_needs_a_batch_and_a_range_that_is_one():
+    model, x, _ = setting()
+    with pytest.raises(ValueError, match="budget needs example_input"):
+        dropit.to_dropit(model, budget="1 MiB")
+    with pytest.raises(ValueError, match=r"0 <= gamma_min <= gamma_max < 1 is needed, got 0\.9 and 0\.5"):
+        dropit.to_dropit(model, budget="1 MiB", example_input=x, gamma_min=0.9, gamma_max=0.5)
+
+
+def test_layers_that_read_one_tensor_are_given_one_gamma():
+    class Projections(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.out = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 4)
+
+        def forward(self, x):
+            return self.out(self.q(x) * self.k(x))
+
+    torch.manual_seed(0)
+    model, x = Projections(), torch.randn(64, 64)
+    dropit.to_dropit(model, budget=int(0.7 * held(model, x)), example_input=x)
+    assert model.q.packer is model.k.packer
+    assert held(model, x) <= 0.7 * held(dropit.from_dropit(model), x)
