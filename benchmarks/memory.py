@@ -100,7 +100,7 @@ def table(heading: str, measure: Callable[..., float], args: argparse.Namespace,
         sizes = []
         for convert in columns.values():
             ours = convert(copy.deepcopy(model))
-            some, all_ = (measure(ours, part, autocast=args.autocast) for part in (images[:half], images))
+            some, all_ = (measure(ours, part, autocast=args.autocast) for part in (images[:half].clone(), images))
             # What does not grow with the batch, as autocast's copies of the weights, counts once.
             sizes.append((some + (all_ - some) / half * (SCALED_TO - half)) / MIB)
         cells = [f"{sizes[0]:.0f}", *(f"{size:.0f} ({size / sizes[0] - 1:+.0%})" for size in sizes[1:])]

@@ -118,18 +118,19 @@ def fit(
     model: nn.Module,
     budget: int,
     configure: Configure,
-    loss: Callable[[], Tensor],
+    forward: Callable[[], Any],
+    loss_fn: Callable[[Any], Tensor],
     *,
     gamma_min: float,
     gamma_max: float,
     levels: Iterable[int],
 ) -> Setting:
-    """Choose and apply the setting under which a forward pass of ``loss`` holds at most ``budget`` bytes.
+    """Choose and apply the setting under which ``forward()`` holds at most ``budget`` bytes.
 
-    ``configure`` applies a setting. ``levels``: the numbers of bits that may be chosen. Raises ValueError where not
-    even the least setting fits.
+    ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; its own cache is not counted.
+    ``levels``: the numbers of bits that may be chosen. Raises ValueError where not even the least setting fits.
     """
-    calibration = _Calibration(model, configure, loss)
+    calibration = _Calibration(model, configure, forward, loss_fn)
     grid = [gamma_min + (gamma_max - gamma_min) * part for part in _PARTS]
     items, best = calibration.items(grid, tuple(levels))
     # What the model holds is almost, but not quite, the sum of its items: the target is moved until it fits.
@@ -163,8 +164,14 @@ def fit(
 class _Calibration:
     """Steps on one batch, each of which leaves the model's state as it found it."""
 
-    def __init__(self, model: nn.Module, configure: Configure, loss: Callable[[], Tensor]) -> None:
-        self._model, self._configure, self._loss = model, configure, loss
+    def __init__(
+        self,
+        model: nn.Module,
+        configure: Configure,
+        forward: Callable[[], Any],
+        loss_fn: Callable[[Any], Tensor],
+    ) -> None:
+        self._model, self._configure, self._forward, self._loss_fn = model, configure, forward, loss_fn
         self._packing = [fqn for fqn, m in model.named_modules() if isinstance(m, PackedInputLayer)]
         quantizing = (QuantizedLayer, DropITMultiheadAttention)
         self._quantizing = [fqn for fqn, m in model.named_modules() if isinstance(m, quantizing)]
@@ -219,8 +226,8 @@ class _Calibration:
     def held(self) -> int:
         """Bytes that a forward pass holds now."""
         with self._unchanged(), CacheMeter(self._model, retain=False) as meter:
-            loss = self._loss()
-        del loss
+            output = self._forward()
+        del output
         return meter.total_bytes
 
     def _uniform(self, gamma: float, bits: int | None) -> Setting:
@@ -233,8 +240,8 @@ class _Calibration:
         for parameter in self._model.parameters():
             parameter.grad = None
         with self._unchanged(), CacheMeter(self._model) as meter:
-            loss = self._loss()
-        loss.backward()
+            output = self._forward()
+        self._loss_fn(output).backward()
         found = {}
         for fqn, module in self._model.named_modules():
             own = [p.grad.flatten() for p in module.parameters(recurse=fqn in self._packing) if p.grad is not None]
@@ -262,8 +269,8 @@ class _Calibration:
         packing = set(self._packing)
         handles = [module.register_forward_pre_hook(note) for module in names]
         with self._unchanged():
-            loss = self._loss()
-        del loss
+            output = self._forward()
+        del output
         for handle in handles:
             handle.remove()
         return order, _merged(readers.values())

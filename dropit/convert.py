@@ -117,7 +117,8 @@ def to_dropit(
             model,
             parse_bytes(budget),
             lambda setting: _configure(targets, packer, setting),
-            lambda: _loss(model, example_input, loss_fn),
+            lambda: _call(model, example_input),
+            loss_fn or _some_loss,
             gamma_min=gamma_min,
             gamma_max=gamma_max,
             levels=_BITS.values(),
@@ -146,11 +147,13 @@ def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
         _swap(module, swap if wanted else None, packers[key])
 
 
-def _loss(model: nn.Module, example: Any, loss_fn: Callable[[Any], Tensor] | None) -> Tensor:
-    arguments = example if isinstance(example, tuple) else () if isinstance(example, Mapping) else (example,)
-    output = model(*arguments, **(example if isinstance(example, Mapping) else {}))
-    if loss_fn is not None:
-        return loss_fn(output)
+def _call(model: nn.Module, example: Any) -> Any:
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _some_loss(output: Any) -> Tensor:
     if getattr(output, "loss", None) is not None:
         return output.loss  # type: ignore[no-any-return]
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
