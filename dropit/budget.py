@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -132,7 +133,8 @@ def fit(
     """
     calibration = _Calibration(model, configure, forward, loss_fn)
     grid = [gamma_min + (gamma_max - gamma_min) * part for part in _PARTS]
-    items, best = calibration.items(grid, tuple(levels))
+    with _nothing_at_zero(model):
+        items, best = calibration.items(grid, tuple(levels))
     # What the model holds is almost, but not quite, the sum of its items: the target is moved until it fits.
     least = best + sum(item.hull()[0].nbytes for item in items)
     low, high, target = least, float("inf"), float(budget)
@@ -277,6 +279,26 @@ class _Calibration:
 
     def _unchanged(self) -> Any:
         return _Unchanged(self._model)
+
+
+@contextmanager
+def _nothing_at_zero(model: nn.Module) -> Iterator[None]:
+    """Small random values for a while to weights that start at zero, as a ViT's head: they let no gradient through."""
+    zeros = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if not name.endswith("bias") and parameter.is_floating_point() and not parameter.any()
+    ]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in zeros:
+            parameter.normal_(std=0.02)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in zeros:
+                parameter.zero_()
 
 
 class _Unchanged:

@@ -203,3 +203,13 @@ def test_layers_that_read_one_tensor_are_given_one_gamma():
     dropit.to_dropit(model, budget=int(0.7 * held(model, x)), example_input=x)
     assert model.q.packer is model.k.packer
     assert held(model, x) <= 0.7 * held(dropit.from_dropit(model), x)
+
+
+def test_a_head_that_starts_at_zero_hides_no_error():
+    """It lets no gradient through at first, so that nothing before it would seem to matter."""
+    model, x, loss_fn = setting()
+    nn.init.zeros_(model.last.weight)
+    budget = int(0.6 * held(model, x))
+    dropit.to_dropit(model, budget=budget, example_input=x, loss_fn=loss_fn)
+    assert 0.9 * budget <= held(model, x) <= budget
+    assert not model.last.weight.any()

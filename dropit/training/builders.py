@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
+from torch.nn.functional import cross_entropy
 from yacs.config import CfgNode
 
 from dropit import to_dropit
 from dropit.training.data import ImageData, check_classes, eval_transform, open_dataset, train_transform
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.models import build_model
-from dropit.training.module import Classifier
+from dropit.training.module import Batch, Classifier
 from dropit.training.optim import Recipe
 
 
-def build_classifier(cfg: CfgNode, *, pretrained: bool = True) -> Classifier:
-    """The model, its DropIT layers, and what trains it; MODEL.PRETRAINED only if asked to."""
+def build_classifier(cfg: CfgNode, *, pretrained: bool = True, sample: Batch | None = None) -> Classifier:
+    """The model, its DropIT layers, and what trains it; MODEL.PRETRAINED only if asked to.
+
+    ``sample``: the batch that DROPIT.BUDGET_MB is for; without one the model is a plain one, as evaluation needs.
+    """
     seed_everything(cfg.SEED, workers=True, verbose=False)
-    model = build_network(cfg, dropit=cfg.MODEL.DROPIT, pretrained=pretrained)
+    model = build_network(cfg, dropit=cfg.MODEL.DROPIT and sample is not None, pretrained=pretrained, sample=sample)
     return Classifier(model, cfg.MODEL.NUM_CLASSES, build_recipe(cfg))
 
 
-def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False) -> nn.Module:
-    """The model alone, with or without its DropIT layers."""
+def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False, sample: Batch | None = None) -> nn.Module:
+    """The model alone, with or without its DropIT layers; a budget is for ``sample`` and is not kept without one."""
     model = build_model(
         cfg.MODEL.ARCH,
         cfg.MODEL.NUM_CLASSES,
@@ -39,12 +45,13 @@ def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False) -> nn
         pretrained=cfg.MODEL.PRETRAINED if pretrained else "",
     )
     if dropit:
-        convert(model, cfg)
+        convert(model, cfg, sample)
     return model
 
 
-def convert(model: nn.Module, cfg: CfgNode) -> None:
+def convert(model: nn.Module, cfg: CfgNode, sample: Batch | None = None) -> None:
     """Swap the layers that DROPIT names."""
+    budget = _budget(model, cfg, sample) if cfg.DROPIT.BUDGET_MB and sample is not None else {}
     blocks = {"block_size": cfg.DROPIT.D} if cfg.DROPIT.STRATEGY == "fastmink" else {}
     skipped = cfg.DROPIT.SKIP
 
@@ -60,9 +67,26 @@ def convert(model: nn.Module, cfg: CfgNode) -> None:
             value_dtype=cfg.DROPIT.VALUE_DTYPE or None,
             filter_fn=wanted,
             **blocks,
+            **budget,
         )
     except ValueError as error:
-        raise ConfigError(f"MODEL.DROPIT with DROPIT.SKIP {skipped}: {error}") from error
+        keys = "DROPIT.BUDGET_MB" if budget else f"MODEL.DROPIT with DROPIT.SKIP {skipped}"
+        raise ConfigError(f"{keys}: {error}") from error
+
+
+def _budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> dict[str, Any]:
+    """What to_dropit takes of a budget; it is measured where the model will train."""
+    gpu = pick_accelerator(cfg) == "gpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    images, labels = (tensor.to(device) for tensor in sample)
+    model.to(device).train()
+    return {
+        "budget": int(cfg.DROPIT.BUDGET_MB * 2**20),
+        "example_input": images,
+        "loss_fn": lambda logits: cross_entropy(logits, labels),
+        "gamma_min": cfg.DROPIT.GAMMA_MIN,
+        "gamma_max": cfg.DROPIT.GAMMA_MAX,
+    }
 
 
 def build_recipe(cfg: CfgNode) -> Recipe:

@@ -73,6 +73,14 @@ def defaults() -> CfgNode:
     cfg.DROPIT.COMPRESS = "lossless"
     # What the kept elements are stored in where that is narrower than theirs: bf16, int8, or "" for no other
     cfg.DROPIT.VALUE_DTYPE = ""
+    # Bytes that one process's batch may hold for backward, in MiB: each layer's gamma and bits are then chosen by
+    # themselves, and GAMMA and COMPRESS are not asked; 0 for no budget
+    cfg.DROPIT.BUDGET_MB = 0.0
+    # The range of a budget's gammas
+    cfg.DROPIT.GAMMA_MIN = 0.0
+    cfg.DROPIT.GAMMA_MAX = 0.98
+    # Steps from one comparison with the exact gradients to the next, each of which takes a step more; 0 for none
+    cfg.DROPIT.PROBE_EVERY = 0
     # Names of layers to leave plain; * matches any part of a name
     cfg.DROPIT.SKIP = []
 
@@ -150,6 +158,10 @@ CHECKS: dict[str, Check] = {
     "INPUT.STD": _three("above 0", lambda value: 0 < value < float("inf")),
     "MODEL.NUM_CLASSES": ("at least 2", lambda value: value >= 2),
     "DROPIT.GAMMA": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "DROPIT.GAMMA_MIN": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "DROPIT.GAMMA_MAX": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "DROPIT.BUDGET_MB": NOT_NEGATIVE,
+    "DROPIT.PROBE_EVERY": NOT_NEGATIVE,
     "DROPIT.D": POSITIVE,
     "DATALOADER.NUM_WORKERS": NOT_NEGATIVE,
     "SOLVER.BATCH_SIZE": POSITIVE,

@@ -123,6 +123,13 @@ class ImageData(LightningDataModule):
         """Training steps in an epoch, when the samples are shared between so many processes."""
         return math.ceil(math.ceil(len(self.train) / processes) / self.batch_size)
 
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """A batch of training images from all over the data set, which may be in the order of its classes."""
+        places = torch.linspace(0, len(self.train) - 1, min(self.batch_size, len(self.train))).long().tolist()
+        with torch.random.fork_rng(devices=[]):
+            images, labels = zip(*(self.train[place] for place in places), strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches of the training images."""
         return self._loader(self.train, shuffle=True)

@@ -26,6 +26,7 @@ from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, Speed
 from dropit.training.config import load
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.info import describe
+from dropit.training.probe import GradientProbe
 
 _KNOWN_WARNINGS = (
     ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
@@ -46,11 +47,13 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
         checkpoint = _find_checkpoint(cfg, directory, "last")
         checkpoints.read(checkpoint, like=cfg, sections=("DATASET", "MODEL.", "DROPIT."))
     data = build_data(cfg)
-    classifier = build_classifier(cfg, pretrained=not resume)
+    classifier = build_classifier(cfg, pretrained=not resume, sample=data.sample())
     _make(directory)
 
     cache, speed, (best, last) = CacheMonitor(), SpeedMonitor(), build_checkpointing()
     callbacks = [cache, speed, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
+    if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY:
+        callbacks.insert(0, GradientProbe(cfg.DROPIT.PROBE_EVERY))  # before the cache is measured: its steps are not
     if not sys.stdout.isatty():
         callbacks.append(EpochLines())
     # A run that is taken up again goes on in its own logs; one from elsewhere gets new ones.
@@ -59,7 +62,8 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     trainer = build_trainer(cfg, directory, callbacks, version, log_every=min(10, data.steps_per_epoch(cfg.NUM_GPUS)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
         report = coverage(classifier.model)
-        print(f"DropIT: {cfg.DROPIT.STRATEGY}, gamma {cfg.DROPIT.GAMMA}: {report.summary()} layers")
+        chosen = f"{cfg.DROPIT.BUDGET_MB:g} MiB" if cfg.DROPIT.BUDGET_MB else f"gamma {cfg.DROPIT.GAMMA}"
+        print(f"DropIT: {cfg.DROPIT.STRATEGY}, {chosen}: {report.summary()} layers")
     trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     if not trainer.is_global_zero:
         return

@@ -266,3 +266,34 @@ def test_info_of_a_plain_config(config, capsys):
         2,
         "train.py: --resume is for --mode train\n",
     )
+
+
+def test_a_budget_is_kept_and_a_probe_compares(config, capsys):
+    budget = ["DROPIT.BUDGET_MB", "3", "DROPIT.PROBE_EVERY", "2"]
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "2", *budget]) == 0
+    assert "fastmink, 3 MiB: converted" in capsys.readouterr().out
+    log = events(Path("outputs/few/vit/version_0"))
+    assert 2.7 <= scalars(log, "dropit/cache_mb")[0] <= 3.01
+    assert 0 < scalars(log, "probe/worst_cosine")[-1] < 1
+    assert 0 < scalars(log, "probe/worst_relative_error")[-1] < 1
+    assert {"probe/cosine", "probe/relative_error"} <= set(log.Tags()["histograms"])
+    assert any(tag.startswith("probe/worst_layer") for tag in log.Tags()["tensors"])
+    # A run that is taken up again chooses the same, and says nothing of another.
+    assert train.main(["--cfg", config, "--resume", "SOLVER.MAX_EPOCHS", "3", *budget]) == 0
+    assert "was trained with" not in capsys.readouterr().err
+    assert train.main(["--cfg", config, "--mode", "eval", *budget]) == 0
+
+
+def test_a_probe_changes_no_training(config):
+    logs = []
+    for version, every in enumerate(("0", "1")):
+        arguments = ["SOLVER.MAX_EPOCHS", "1", "DROPIT.PROBE_EVERY", every]
+        assert train.main(["--cfg", config, *arguments]) == 0
+        logs.append(scalars(events(Path(f"outputs/few/vit/version_{version}")), "train/loss"))
+    assert logs[0] == logs[1]
+
+
+def test_a_budget_that_cannot_be_met_is_one_line(config, capsys):
+    code, line = failure(capsys, "--cfg", config, "DROPIT.BUDGET_MB", "0.1")
+    assert code == 2
+    assert "DROPIT.BUDGET_MB: budget of 0.1 MiB cannot be met: the least that this model holds is" in line
