@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import QuantizedLayer, first_order_only
+from dropit.layers.layer import QuantizedLayer, first_order_only, is_traced
 from dropit.layers.table import register
 from dropit.packed import Layout, unflatten
 from dropit.packer import Packer
@@ -124,7 +124,7 @@ class DropITActivation(QuantizedLayer):
 
 def _is_part(input: Tensor) -> bool:
     """Whether ``input`` is a part of a larger tensor, as in a gated MLP, whose other part holds both."""
-    return not torch.compiler.is_compiling() and input.untyped_storage().nbytes() > input.nbytes
+    return not is_traced() and input.untyped_storage().nbytes() > input.nbytes
 
 
 def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool = False) -> Tensor:

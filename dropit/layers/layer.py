@@ -125,6 +125,11 @@ def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
     return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
 
 
+def is_traced() -> bool:
+    """Whether a compiler or torch.func looks on: tensors have no storage then, and a backward pass none within it."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def save_form(ctx: Any, input: Tensor) -> None:
     """Remember the shape and the layout of ``input``, and none of its elements."""
     ctx.input_shape = input.shape

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import autocast, first_order_only
+from dropit.layers.layer import autocast, first_order_only, is_traced
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
 
@@ -57,7 +57,7 @@ class DropITAttentionFunction(Function):
         samples, heads, length, _ = q.shape
         grad_context = (grad_output @ weight).view(length, samples, heads, -1).permute(1, 2, 0, 3)
         # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced.
-        if _traced() and ctx.dropout == 0:
+        if is_traced() and ctx.dropout == 0:
             context, *grads = _attend_by_formula(q, k, v, mask, ctx.is_causal, grad_context)
         else:
             context, *grads = _attend_by_kernel(q, k, v, mask, ctx.dropout, ctx.is_causal, random, grad_context)
@@ -74,10 +74,6 @@ class DropITAttentionFunction(Function):
 def _side_by_side(context: Tensor) -> Tensor:
     """(N, heads, L, head_dim) -> (L, N, E)."""
     return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
-
-
-def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def dropit_attention(
