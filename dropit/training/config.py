@@ -76,8 +76,9 @@ def defaults() -> CfgNode:
     # Bytes that one process's batch may hold for backward, in MiB: each layer's gamma and bits are then chosen by
     # themselves, and GAMMA and COMPRESS are not asked; 0 for no budget
     cfg.DROPIT.BUDGET_MB = 0.0
-    # The range of a budget's gammas
+    # The least gamma that a budget may choose
     cfg.DROPIT.GAMMA_MIN = 0.0
+    # The largest
     cfg.DROPIT.GAMMA_MAX = 0.98
     # Steps from one comparison with the exact gradients to the next, each of which takes a step more; 0 for none
     cfg.DROPIT.PROBE_EVERY = 0

@@ -63,7 +63,7 @@ def test_a_run_leaves_its_scalars_pages_and_checkpoints(config, capsys):
     assert "encoder.layers.encoder_layer_0.mlp.0.weight" in {key.removeprefix("model.") for key in best["state_dict"]}
     assert "GAMMA: 0.9" in best["config"]
     out = capsys.readouterr().out
-    assert "DropIT: fastmink, gamma 0.9: converted 27 of 27 layers" in out
+    assert "DropIT: fastmink, gamma 0.9: converted 27 of 40 layers" in out
     summary = {line.split()[0]: line for line in out.splitlines() if line}
     assert f"{cache[-1]:.2f} MiB held for backward, {dense[-1]:.2f} plain (-34" in summary["cache"]
     assert "ms per step" in summary["time"]
@@ -247,7 +247,7 @@ def test_info_tells_the_step_without_taking_it(config, capsys, compress):
     out = capsys.readouterr().out
     assert "vit_tiny on imagenet, 0.47 M parameters" in out
     assert "20 x 3 x 32 x 32" in out
-    assert "converted 27 of 27" in out if compress == "int8" else "GELU x4: plain: compress=" in out
+    assert "converted 40 of 40" in out if compress == "int8" else "GELU x4: plain: compress=" in out
     told = float(re.search(r"^total +([\d.]+) +[\d.]+$", out, re.MULTILINE)[1])
     assert "predicted peak of a step, MiB" in out
     assert not Path("outputs").exists()
