@@ -182,8 +182,9 @@ class _Calibration:
     def items(self, gammas: list[float], levels: tuple[int, ...]) -> tuple[list[Item], int]:
         """What there is to choose, and the bytes held where nothing is dropped beyond ``gammas[0]`` or quantized."""
         order, groups = self._order_and_groups()
-        exact, nothing, _ = self._step(self._uniform(0.0, None))
-        runs = [self._step(self._uniform(gamma, None)) for gamma in gammas]
+        whole = self._step(self._uniform(0.0, None))
+        exact, nothing, _ = whole
+        runs = [self._step(self._uniform(gamma, None)) if gamma else whole for gamma in gammas]
         _, base, _ = runs[0]
         items = []
         for group in groups:
@@ -215,7 +216,7 @@ class _Calibration:
             share = _error(list(norms), grads, exact) / max(sum(through.values()), 1e-30)
             for fqn in names:
                 options[fqn].append(Option(bits, held[fqn] - nothing[fqn], share * through[fqn]))
-        return [Item([fqn], options[fqn], between=False) for fqn in names if len(options[fqn]) > 1]
+        return [Item([fqn], options[fqn], between=False) for fqn in names]
 
     def setting(self, items: list[Item], values: list[Any]) -> Setting:
         """The items' values as a setting."""
@@ -227,7 +228,7 @@ class _Calibration:
 
     def held(self) -> int:
         """Bytes that a forward pass holds now."""
-        with self._unchanged(), CacheMeter(self._model, retain=False) as meter:
+        with _unchanged(self._model), CacheMeter(self._model, retain=False) as meter:
             output = self._forward()
         del output
         return meter.total_bytes
@@ -241,7 +242,7 @@ class _Calibration:
         grads = [parameter.grad for parameter in self._model.parameters()]
         for parameter in self._model.parameters():
             parameter.grad = None
-        with self._unchanged(), CacheMeter(self._model) as meter:
+        with _unchanged(self._model), CacheMeter(self._model) as meter:
             output = self._forward()
         self._loss_fn(output).backward()
         found = {}
@@ -270,15 +271,12 @@ class _Calibration:
 
         packing = set(self._packing)
         handles = [module.register_forward_pre_hook(note) for module in names]
-        with self._unchanged():
+        with _unchanged(self._model):
             output = self._forward()
         del output
         for handle in handles:
             handle.remove()
         return order, _merged(readers.values())
-
-    def _unchanged(self) -> Any:
-        return _Unchanged(self._model)
 
 
 @contextmanager
@@ -301,21 +299,16 @@ def _nothing_at_zero(model: nn.Module) -> Iterator[None]:
                 parameter.zero_()
 
 
-class _Unchanged:
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
     """Buffers and random numbers are afterwards what they were before."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._buffers = [buffer.clone() for buffer in self._model.buffers()]
-        self._fork = torch.random.fork_rng()
-        self._fork.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
         with torch.no_grad():
-            for buffer, before in zip(self._model.buffers(), self._buffers, strict=True):
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
                 buffer.copy_(before)
 
 

@@ -187,18 +187,22 @@ class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
         """input: (..., *normalized_shape)."""
         if not self.packs(input):
             return super().forward(input)
-        return dropit_layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, self.packer)
+        return dropit_layer_norm(input, self, self.packer)
 
 
-def dropit_layer_norm(
-    input: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, packer: Packer
-) -> Tensor:
-    """``F.layer_norm`` that keeps the normalized input in ``packer.bits`` bits."""
-    x, w, b = _in_float(input, weight, bias)
+def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
+    """What ``layer`` computes of (..., C), with the normalized input kept in ``packer.bits`` bits."""
+    x, w, b = _in_float(input, layer.weight, layer.bias)
+    shape = layer.normalized_shape
     with torch.no_grad():
-        output, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
+        output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
         packed = packer.quantize(((x - mean) * rstd).to(x.dtype))
     return DropITLayerNormFunction.apply(x, w, b, output, rstd, *packed, shape)  # type: ignore[no-any-return]
+
+
+def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
+    """The same over the channels of (N, C, H, W)."""
+    return dropit_layer_norm(input.permute(0, 2, 3, 1), layer, packer).permute(0, 3, 1, 2)
 
 
 @register

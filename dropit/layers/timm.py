@@ -14,7 +14,7 @@ from torch import Tensor
 from dropit.layers.activation import DropITActivation
 from dropit.layers.conv import Geometry, dropit_conv
 from dropit.layers.layer import PackedInputLayer, QuantizedLayer
-from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm
+from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm, dropit_layer_norm_2d
 from dropit.layers.table import register
 
 
@@ -28,7 +28,7 @@ class DropITLayerNorm(QuantizedLayer, LayerNorm):
         """x: (..., C)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps, self.packer)
+        return dropit_layer_norm(x, self, self.packer)
 
 
 @register
@@ -41,9 +41,7 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
         """x: (N, C, H, W)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        last = x.permute(0, 2, 3, 1)
-        y = dropit_layer_norm(last, self.normalized_shape, self.weight, self.bias, self.eps, self.packer)
-        return y.permute(0, 3, 1, 2)
+        return dropit_layer_norm_2d(x, self, self.packer)
 
 
 @register

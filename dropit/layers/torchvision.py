@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.convnext import LayerNorm2d
 
 from dropit.layers.layer import QuantizedLayer
-from dropit.layers.norm import dropit_layer_norm
+from dropit.layers.norm import dropit_layer_norm_2d
 from dropit.layers.table import register
 
 
@@ -22,7 +22,5 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):  # type: ignore[misc]
         """x: (N, C, H, W)."""
         if not self.packs(x):
             return super().forward(x)  # type: ignore[no-any-return]
-        layer: Any = self
-        last = x.permute(0, 2, 3, 1)
-        y = dropit_layer_norm(last, layer.normalized_shape, layer.weight, layer.bias, layer.eps, self.packer)
-        return y.permute(0, 3, 1, 2)
+        layer: Any = self  # of torchvision, which has no types
+        return dropit_layer_norm_2d(x, layer, self.packer)

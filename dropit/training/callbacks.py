@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from dropit import CacheMeter, from_dropit
 
@@ -65,13 +67,20 @@ class CacheMonitor(Callback):
 def _dense_bytes(trainer: Trainer, pl_module: LightningModule, batch: tuple[Tensor, Tensor]) -> int:
     """What the plain model holds for this batch: a forward pass of a copy, which keeps nothing and changes nothing."""
     images, labels = batch
-    plain = from_dropit(copy.deepcopy(pl_module.model))  # type: ignore[arg-type]
-    devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+    with plain_copy(trainer, pl_module) as plain:
         with CacheMeter(plain, retain=False) as meter:
             loss = pl_module.criterion(plain(images), labels)  # type: ignore[operator]
         del loss
     return meter.total_bytes
+
+
+@contextmanager
+def plain_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
+    """A copy of the model that drops nothing, to run in the trainer's precision; it draws the next step's numbers."""
+    plain = from_dropit(copy.deepcopy(pl_module.model))  # type: ignore[arg-type]
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+        yield plain
 
 
 class SpeedMonitor(Callback):

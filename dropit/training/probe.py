@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
-from dropit import PackedInputLayer, from_dropit
+from dropit import PackedInputLayer
+from dropit.training.callbacks import plain_copy
 
 
 class GradientProbe(Callback):
@@ -31,11 +31,9 @@ class GradientProbe(Callback):
         if trainer.global_step % self.every:
             return
         images, labels = batch
-        plain = from_dropit(copy.deepcopy(pl_module.model))  # type: ignore[arg-type]
-        plain.zero_grad()
-        devices = [images.device] if images.is_cuda else []
-        with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+        with plain_copy(trainer, pl_module) as plain:
             loss: Tensor = pl_module.criterion(plain(images), labels)  # type: ignore[operator]
+        plain.zero_grad()
         loss.backward()
         dropping = set(_weights(pl_module.model))  # type: ignore[arg-type]
         self._exact = {
