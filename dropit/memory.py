@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
 from dropit.ledger import Held, Row, as_text, group, print_rich, rows_by
@@ -284,6 +285,9 @@ def _fused_attention() -> Iterator[None]:
         *rest: Any,
         **named: Any,
     ) -> Tensor:
+        tensors = (query, key, value)
+        if has_torch_function(tensors):
+            return handle_torch_function(attention, tensors, *tensors, attn_mask, dropout_p, *rest, **named)  # type: ignore[no-any-return]
         fused = query.is_meta and dropout_p == 0 and (attn_mask is None or not attn_mask.requires_grad)
         if fused and torch.is_grad_enabled():
             return ScaledDotProductAttention.apply(query, key, value, attn_mask)[0]  # type: ignore[no-any-return]

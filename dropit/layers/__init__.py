@@ -1,6 +1,17 @@
 """The layers that swap in, one family a file; importing a file enters its layers in the table."""
 
-from dropit.layers import activation, attention, avg_pool, conv, dropout, norm, pool, relu, transformer
+from dropit.layers import (
+    activation,
+    attention,
+    avg_pool,
+    conv,
+    dropout,
+    functional_attention,
+    norm,
+    pool,
+    relu,
+    transformer,
+)
 from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer, QuantizedLayer
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import SWAPS, parent_in_table, plain_type, register, swap_for
@@ -17,6 +28,7 @@ __all__ = [
     "conv",
     "dropit_linear",
     "dropout",
+    "functional_attention",
     "norm",
     "parent_in_table",
     "plain_type",

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from dropit.layers.layer import PackedInputLayer
 from dropit.layers.linear import dropit_linear
-from dropit.layers.scaled_dot_product import dropit_attention
+from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_attention
 from dropit.layers.table import register
-from dropit.packer import is_mapped
 
 
 @register
@@ -56,9 +55,9 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         length, samples, _ = q.shape
         q, k, v = (self._heads(x) for x in (q, k, v))  # (N, heads, L, head_dim)
         weights_out = None
-        if self._quantizes(q, mask, need_weights):
-            weight, bias = self.out_proj.weight, self.out_proj.bias
-            output = dropit_attention(q, k, v, weight, bias, mask, self.dropout, hint, self.packer)
+        form = Form(self.dropout, hint)
+        if self.packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
+            output = dropit_attention(q, k, v, self.out_proj.weight, self.out_proj.bias, mask, form, self.packer)
         else:
             attend = self._attend_with_weights if need_weights else self._attend
             context, weights_out, held = attend(q, k, v, mask, hint)
@@ -70,12 +69,6 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         if not batched:
             return output.squeeze(1), None if weights_out is None else weights_out.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights_out
-
-    def _quantizes(self, q: Tensor, mask: Tensor | None, need_weights: bool) -> bool:
-        """Whether attention keeps q, k and v in few bits: not if more is asked of it than its output."""
-        if self.packer.bits is None or need_weights or is_mapped(q) or (mask is not None and mask.requires_grad):
-            return False
-        return self.dropout == 0 or not torch.compiler.is_compiling()  # a graph draws no random numbers twice
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return dropit_linear(input, weight, bias, self.packer, batch_dim=1)

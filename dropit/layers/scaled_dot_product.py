@@ -1,13 +1,13 @@
-"""Scaled dot-product attention and the projection of its output, which keep queries, keys and values in few bits.
+"""Scaled dot-product attention that keeps queries, keys and values in few bits, and nothing else.
 
-Nothing else is kept: the backward pass attends again, which gives it the projection's input as well. That one is not
-dropped from, then, and takes no memory.
+The backward pass attends again. Where the projection of attention's output is part of it, that gives the projection's
+input as well: it is not dropped from, then, and takes no memory.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,45 @@ from torch.autograd import Function
 from dropit import ops
 from dropit.layers.layer import autocast, first_order_only, is_traced
 from dropit.packed import Layout, Packed
-from dropit.packer import Packer
+from dropit.packer import Packer, is_mapped
+
+
+class Form(NamedTuple):
+    """What ``F.scaled_dot_product_attention`` is told besides its tensors."""
+
+    dropout: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """PyTorch's function, in this form."""
+        return F.scaled_dot_product_attention(
+            q, k, v, mask, self.dropout, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
+        )
+
+
+class DropITScaledDotProductFunction(Function):
+    """y = attention(q, k, v)."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, random: Tensor | None, *parts: Any
+    ) -> Tensor:
+        """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
+        return form.attend(q, k, v, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save the packed q, k, v, the mask and the state of the random numbers."""
+        _, _, _, mask, ctx.form, random, *parts = inputs
+        _save(ctx, parts, mask, random)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """grad_output: (N, heads, L, head_dim)."""
+        _, *grads = _attend_again(ctx, *ctx.saved_tensors, grad_context=grad_output)
+        return *map(first_order_only, grads), *[None] * 15
 
 
 class DropITAttentionFunction(Function):
@@ -31,36 +69,27 @@ class DropITAttentionFunction(Function):
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        dropout: float,
-        is_causal: bool,
+        form: Form,
         random: Tensor | None,
         *parts: Any,
     ) -> Tensor:
-        """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
-        context = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
-        return F.linear(_side_by_side(context), weight, bias)
+        """The plain forward; ``parts`` and ``random`` as above."""
+        return F.linear(_side_by_side(form.attend(q, k, v, mask)), weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the packed q, k, v, the weight, the mask and the state of the random numbers."""
-        _, _, _, weight, _, mask, ctx.dropout, ctx.is_causal, random, *parts = inputs
-        tensors = [part for part in parts if not isinstance(part, Layout)]
-        ctx.layouts = [part for part in parts if isinstance(part, Layout)]
-        ctx.save_for_backward(weight, mask, random, *tensors)
+        """Save what attention alone would, and the weight."""
+        _, _, _, weight, _, mask, ctx.form, random, *parts = inputs
+        _save(ctx, parts, mask, random, weight)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (L, N, E)."""
-        weight, mask, random, *tensors = ctx.saved_tensors
-        forms = zip(tensors[::3], tensors[1::3], tensors[2::3], ctx.layouts, strict=True)
-        q, k, v = (ops.unpack(Packed(values, positions, scales, form)) for values, positions, scales, form in forms)
-        samples, heads, length, _ = q.shape
+        weight, *saved = ctx.saved_tensors
+        length, samples, _ = grad_output.shape
+        heads = ctx.layouts[0].shape[1]
         grad_context = (grad_output @ weight).view(length, samples, heads, -1).permute(1, 2, 0, 3)
-        # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced.
-        if is_traced() and ctx.dropout == 0:
-            context, *grads = _attend_by_formula(q, k, v, mask, ctx.is_causal, grad_context)
-        else:
-            context, *grads = _attend_by_kernel(q, k, v, mask, ctx.dropout, ctx.is_causal, random, grad_context)
+        context, *grads = _attend_again(ctx, *saved, grad_context=grad_context)
         grad_weight = grad_bias = None
         rows = grad_output.reshape(-1, grad_output.shape[-1])
         if ctx.needs_input_grad[3]:
@@ -68,12 +97,50 @@ class DropITAttentionFunction(Function):
         if ctx.needs_input_grad[4]:
             grad_bias = rows.sum(dim=0)
         once = [None if grad is None else first_order_only(grad) for grad in (*grads, grad_weight)]
-        return *once, grad_bias, *[None] * 16
+        return *once, grad_bias, *[None] * 15
+
+
+def _save(ctx: Any, parts: list[Any], mask: Tensor | None, random: Tensor | None, *others: Tensor) -> None:
+    ctx.layouts = parts[3::4]
+    tensors = [part for part in parts if not isinstance(part, Layout)]
+    ctx.save_for_backward(*others, mask, random, *tensors)
+
+
+def _attend_again(
+    ctx: Any, mask: Tensor | None, random: Tensor | None, *tensors: Tensor | None, grad_context: Tensor
+) -> tuple[Tensor, ...]:
+    """The context, and the gradients of q, k and v, from what :func:`_save` saved."""
+    packed = zip(tensors[::3], tensors[1::3], tensors[2::3], ctx.layouts, strict=True)
+    q, k, v = (ops.unpack(Packed(*each)) for each in packed)  # type: ignore[arg-type]
+    # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced.
+    if is_traced() and ctx.form.dropout == 0 and not ctx.form.enable_gqa:
+        return _attend_by_formula(q, k, v, mask, ctx.form, grad_context)
+    return _attend_by_kernel(q, k, v, mask, ctx.form, random, grad_context)
 
 
 def _side_by_side(context: Tensor) -> Tensor:
     """(N, heads, L, head_dim) -> (L, N, E)."""
     return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
+
+
+def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> bool:
+    """Whether attention can be told to keep q, k and v in few bits: wherever it could be run again in backward."""
+    if is_mapped(q) or (mask is not None and mask.requires_grad):
+        return False
+    if torch.compiler.is_compiling() and (form.dropout > 0 or form.enable_gqa):
+        return False  # a graph draws no random numbers twice
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
+def dropit_scaled_dot_product(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, packer: Packer
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` that keeps q, k and v, (N, heads, L, head_dim), in ``packer.bits`` bits.
+
+    ``mask`` gets no gradient.
+    """
+    q, k, v = autocast(q, k, v)
+    return DropITScaledDotProductFunction.apply(q, k, v, mask, form, *_kept(q, k, v, form, packer))  # type: ignore[no-any-return]
 
 
 def dropit_attention(
@@ -83,18 +150,18 @@ def dropit_attention(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
+    form: Form,
     packer: Packer,
 ) -> Tensor:
-    """Attention over (N, heads, L, head_dim), projected: (L, N, E). Keeps q, k, v in ``packer.bits`` bits.
-
-    ``mask`` gets no gradient.
-    """
-    parts = (part for x in (q, k, v) for part in packer.quantize(x))
-    random = _random_state(q.device) if dropout > 0 else None
+    """The same, projected: (L, N, E)."""
     _, w, b = autocast(q, weight, bias)
-    return DropITAttentionFunction.apply(q, k, v, w, b, mask, dropout, is_causal, random, *parts)  # type: ignore[no-any-return]
+    return DropITAttentionFunction.apply(q, k, v, w, b, mask, form, *_kept(q, k, v, form, packer))  # type: ignore[no-any-return]
+
+
+def _kept(q: Tensor, k: Tensor, v: Tensor, form: Form, packer: Packer) -> tuple[Any, ...]:
+    """The state of the random numbers, if any are drawn, and the parts of the packed tensors."""
+    random = _random_state(q.device) if form.dropout > 0 else None
+    return random, *(part for x in (q, k, v) for part in packer.quantize(x))
 
 
 def _attend_by_kernel(
@@ -102,32 +169,30 @@ def _attend_by_kernel(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    dropout: float,
-    is_causal: bool,
+    form: Form,
     random: Tensor | None,
     grad_context: Tensor,
 ) -> tuple[Tensor, ...]:
-    """The context, and the gradients of q, k and v."""
     devices = [q.device.index] if q.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices, enabled=random is not None):
         if random is not None:
             _set_random_state(random, q.device)
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        context = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        context = form.attend(q, k, v, mask)
         return context.detach(), *torch.autograd.grad(context, (q, k, v), grad_context)
 
 
 def _attend_by_formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, grad_context: Tensor
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, grad_context: Tensor
 ) -> tuple[Tensor, ...]:
     """The same, with the weights (N, heads, L, S) in memory for a while."""
-    scale = 1 / math.sqrt(q.shape[-1])
+    scale = 1 / math.sqrt(q.shape[-1]) if form.scale is None else form.scale
     scores = q @ k.transpose(-2, -1) * scale
-    if is_causal:
+    if form.is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -math.inf)
     if mask is not None:
-        scores = scores + mask
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
     weights = scores.softmax(dim=-1)
     grad_weights = grad_context @ v.transpose(-2, -1)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale

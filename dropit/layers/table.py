@@ -1,8 +1,10 @@
-"""What is swapped for what: the table, how to add to it, and how a subclass finds its parent's entry."""
+"""What is swapped for what: the table, how to add to it, and how a class that it lacks is given an entry."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -11,6 +13,8 @@ from torch import nn
 from dropit.layers.layer import DropITLayer
 
 SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
+# Layers for any module whose forward names one of these functions.
+CALLERS: dict[str, type[DropITLayer]] = {}
 # Packages that are not imported unless the model brings them: the module here that has the layers of theirs.
 _LAZY = {
     "transformers.pytorch_utils": "dropit.layers.huggingface",
@@ -42,24 +46,44 @@ def register(layer: Layer) -> Layer:
     return layer
 
 
+def register_callers(*names: str) -> Callable[[Layer], Layer]:
+    """Have ``to_dropit`` swap in the class for any module whose own forward names one of these. A decorator."""
+
+    def enter(layer: Layer) -> Layer:
+        CALLERS.update(dict.fromkeys(names, layer))
+        return layer
+
+    return enter
+
+
 def plain_type(module: nn.Module) -> type[nn.Module]:
     """The module's class, or the one it had before it was swapped."""
     return module.plain if isinstance(module, DropITLayer) else type(module)
 
 
 def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
-    """The class to swap in for ``plain``: the table's, or for a subclass with its parent's forward one made of both."""
+    """The class to swap in for ``plain``: the table's, or one made of ``plain`` and a layer that does for it."""
     home = _LAZY.get(plain.__module__)
     if home is not None:
         with suppress(ImportError):  # a version of the package that has other layers
             importlib.import_module(home)
     if plain not in SWAPS:
-        parent = parent_in_table(plain)
-        if parent is None or not _computes_the_same(plain, parent):
+        like = _entry_like(plain)
+        if like is None:
             return None
-        members = {"plain": plain, "__doc__": SWAPS[parent].__doc__, "__reduce_ex__": _reduce}
-        SWAPS[plain] = type(f"DropIT{plain.__name__}", (SWAPS[parent], plain), members)
+        members = {"plain": plain, "__doc__": like.__doc__, "__reduce_ex__": _reduce}
+        SWAPS[plain] = type(f"DropIT{plain.__name__}", (like, plain), members)
     return SWAPS[plain]
+
+
+def _entry_like(plain: type[nn.Module]) -> type[DropITLayer] | None:
+    """The parent's layer, or the one for the functions that the class calls."""
+    parent = parent_in_table(plain)
+    if parent is not None and _computes_the_same(plain, parent):
+        return SWAPS[parent]
+    code = getattr(inspect.unwrap(plain.forward), "__code__", None)
+    called = [CALLERS[name] for name in getattr(code, "co_names", ()) if name in CALLERS]
+    return called[0] if called else None
 
 
 def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:

@@ -8,7 +8,7 @@ from torch import nn
 import dropit
 from dropit import ops
 from dropit.layers import scaled_dot_product
-from dropit.layers.scaled_dot_product import dropit_attention
+from dropit.layers.scaled_dot_product import Form, dropit_attention, dropit_scaled_dot_product
 from dropit.packer import Packer
 from dropit.strategies import MinK
 
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_the_quantized_tensors(name, by_formula, bits, mo
     if by_formula:
         monkeypatch.setattr(scaled_dot_product, "is_traced", lambda: True)
     inputs = tensors()
-    y = dropit_attention(*inputs, mask, 0.0, causal, packer(bits))
+    y = dropit_attention(*inputs, mask, Form(0.0, causal), packer(bits))
     assert torch.equal(y, attention(*inputs, mask, 0.0, causal))
     grad_output = torch.randn_like(y)
     got = torch.autograd.grad(y, inputs, grad_output)
@@ -54,10 +54,42 @@ def test_gradients_are_those_of_the_quantized_tensors(name, by_formula, bits, mo
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
+FORMS = {"causal": Form(is_causal=True), "scaled": Form(scale=0.3), "grouped queries": Form(enable_gqa=True)}
+
+
+@pytest.mark.parametrize("by_formula", [False, True], ids=["kernel", "formula"])
+@pytest.mark.parametrize("name", FORMS)
+def test_attention_alone_takes_what_pytorchs_function_takes(name, by_formula, monkeypatch):
+    if by_formula:
+        monkeypatch.setattr(scaled_dot_product, "is_traced", lambda: True)
+    form = FORMS[name]
+    heads = 2 if form.enable_gqa else 4
+    sizes = [(2, 4, 9, 8), (2, heads, 9, 8), (2, heads, 9, 8)]
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    y = dropit_scaled_dot_product(*inputs, None, form, packer())
+    assert torch.equal(y, form.attend(*inputs, None))
+    grad_output = torch.randn_like(y)
+    rounded = [ops.unpack(packer().quantize(x)).requires_grad_() for x in inputs]
+    exact = torch.autograd.grad(form.attend(*rounded, None), rounded, grad_output)
+    for ours, expected in zip(torch.autograd.grad(y, inputs, grad_output), exact, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_mask_of_bools_hides_what_is_false():
+    inputs = tensors()[:3]
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    grad_output = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    causal = dropit_scaled_dot_product(*inputs, None, Form(is_causal=True), packer())
+    masked = dropit_scaled_dot_product(*inputs, mask, Form(), packer())
+    got = torch.autograd.grad(masked, inputs, grad_output)
+    for ours, expected in zip(got, torch.autograd.grad(causal, inputs, grad_output), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_dropout_is_drawn_again_the_same():
     inputs = tensors()
     torch.manual_seed(3)
-    y = dropit_attention(*inputs, None, 0.4, False, packer())
+    y = dropit_attention(*inputs, None, Form(0.4), packer())
     torch.manual_seed(3)
     exact_y = attention(*inputs, dropout=0.4)
     assert torch.equal(y, exact_y)
@@ -97,7 +129,7 @@ def test_a_learned_bias_in_the_mask_keeps_its_gradient():
 
 def test_a_second_derivative_is_a_clear_error():
     inputs = tensors()
-    y = dropit_attention(*inputs, None, 0.0, False, packer())
+    y = dropit_attention(*inputs, None, Form(), packer())
     (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         grad.sum().backward()

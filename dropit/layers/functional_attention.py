@@ -1,0 +1,62 @@
+"""Modules that call ``F.scaled_dot_product_attention`` by themselves, as timm's and Hugging Face's do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from dropit.layers.layer import QuantizedLayer
+from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_scaled_dot_product
+from dropit.layers.table import register_callers
+from dropit.packer import Packer
+
+_attention = F.scaled_dot_product_attention
+
+
+@register_callers("scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS")
+class DropITFunctionalAttention(QuantizedLayer, nn.Module):
+    """A module whose forward calls attention as a function: its q, k and v are kept in 8 or 4 bits."""
+
+    plain = nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the plain module's."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _Quantizing(self.packer):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+class _Quantizing(TorchFunctionMode):
+    """Takes the calls of attention, and leaves all other functions alone."""
+
+    def __init__(self, packer: Packer) -> None:
+        super().__init__()
+        self._packer = packer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        if func not in (_attention, F.scaled_dot_product_attention):  # estimate_cache has one of its own
+            return func(*args, **named)
+        q, k, v, mask, form = _arguments(*args, **named)
+        if not can_quantize(q, k, v, mask, form):
+            return func(*args, **named)
+        return dropit_scaled_dot_product(q, k, v, mask, form, self._packer)
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Form]:
+    return query, key, value, attn_mask, Form(dropout_p, is_causal, scale, enable_gqa)

@@ -1,0 +1,152 @@
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dropit
+
+
+class Attention(nn.Module):
+    """As people write it."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.qkv, self.proj, self.dropout = nn.Linear(64, 192), nn.Linear(64, 64), dropout
+
+    def forward(self, x):
+        """x: (N, L, 64)."""
+        q, k, v = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+
+class Subclass(Attention):
+    """With its parent's forward."""
+
+
+class Decorated(Attention):
+    """With a forward that wraps one that calls attention."""
+
+    @functools.wraps(Attention.forward)
+    def forward(self, *args):
+        return Attention.forward(self, *args)
+
+
+def step(model, x):
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = model(x)
+    y.square().sum().backward()
+    return y.detach(), torch.cat([x.grad.flatten(), *(p.grad.flatten() for p in model.parameters())])
+
+
+def held(model, x):
+    with dropit.CacheMeter(model) as meter:
+        y = model(x)
+    del y
+    return meter
+
+
+@pytest.fixture
+def x():
+    torch.manual_seed(0)
+    return torch.randn(4, 32, 64)
+
+
+@pytest.mark.parametrize("kind", [Attention, Subclass, Decorated])
+@pytest.mark.parametrize(("compress", "bits", "tolerance"), [("int8", 8, 0.02), ("int4", 4, 0.25)])
+def test_its_queries_keys_and_values_take_few_bits(kind, compress, bits, tolerance, x):
+    plain = kind()
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress=compress)
+    n = x.numel()
+    assert held(ours, x).by_operator()["DropITScaledDotProduct"] == 3 * (n * bits // 8 + n // 32)
+    y, grads = step(plain, x)
+    our_y, our_grads = step(ours, x)
+    assert torch.equal(y, our_y)
+    assert 0 < (grads - our_grads).norm() < tolerance * grads.norm()
+
+
+@pytest.mark.parametrize("compress", ["none", "lossless"])
+def test_otherwise_it_stays_as_it_is(compress, x):
+    model = dropit.to_dropit(Attention(), compress=compress)
+    assert type(model) is Attention
+    assert "DropITScaledDotProduct" not in held(model, x).by_operator()
+
+
+def test_it_is_spoken_of_and_can_be_left_out(x):
+    model = nn.Sequential(Attention(), Attention())
+    dropit.to_dropit(model, compress="int8", filter_fn=lambda module, fqn: fqn != "1")
+    rows = {row.fqn: row.status for row in dropit.coverage(model)}
+    assert rows["0"] == rows["0.qkv"] == "converted"
+    assert "plain" in rows["1"]
+    assert type(dropit.from_dropit(model)[0]) is Attention
+
+
+def test_in_evaluation_and_without_gradients_nothing_happens(x):
+    model = dropit.to_dropit(Attention(), compress="int8")
+    with torch.no_grad():
+        assert torch.equal(model(x), dropit.from_dropit(copy.deepcopy(model))(x))
+    model.eval()
+    assert "DropITScaledDotProduct" not in held(model, x).by_operator()
+
+
+def test_dropout_is_the_same_in_backward(x):
+    plain = Attention(dropout=0.3)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int8")
+    torch.manual_seed(1)
+    y, grads = step(plain, x)
+    torch.manual_seed(1)
+    our_y, our_grads = step(ours, x)
+    assert torch.equal(y, our_y)
+    assert (grads - our_grads).norm() < 0.02 * grads.norm()
+
+
+def test_copies_pickles_and_checkpoints(x):
+    model = dropit.to_dropit(Attention(), gamma=0.0, compress="int8")
+    _, grads = step(model, x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is type(model)
+        assert torch.equal(step(other, x)[1], grads)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    assert torch.equal(step(Checkpointed(), x)[1], grads)
+
+
+def test_it_compiles_whole(x):
+    model = dropit.to_dropit(Attention(), gamma=0.0, compress="int8")
+    _, grads = step(model, x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(compiled, x)[1], grads)
+
+
+def test_the_estimate_knows_it(x):
+    model = dropit.to_dropit(Attention(), compress="int8")
+    assert dropit.estimate_cache(model, x.shape).total_bytes == held(model, x).total_bytes
+    dropit.from_dropit(model)
+    assert dropit.estimate_cache(model, x.shape).total_bytes == held(model, x).total_bytes
+
+
+def test_a_learned_bias_keeps_its_gradient(x):
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj, self.bias = nn.Linear(64, 64), nn.Parameter(torch.zeros(32, 32))
+
+        def forward(self, x):
+            return F.scaled_dot_product_attention(self.proj(x), x, x, self.bias)
+
+    model = dropit.to_dropit(Biased(), compress="int8")
+    model(x).square().sum().backward()
+    assert model.bias.grad.abs().sum() > 0
