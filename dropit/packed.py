@@ -63,6 +63,16 @@ def keep_dense(x: Tensor) -> Packed:
     return Packed(x.detach(), None, None, Layout(x.shape, x.dtype, tuple(range(x.dim()))))
 
 
+def layout_of(x: Tensor) -> Layout:
+    """The form of ``x``, which is dense in memory."""
+    return Layout(x.shape, x.dtype, memory_order(x))
+
+
+def is_dense_in_memory(x: Tensor) -> bool:
+    """Whether ``x`` has neither gaps nor overlaps."""
+    return x.permute(memory_order(x)).is_contiguous()
+
+
 def packed_nbytes(n: int, kept: int, dtype: torch.dtype) -> int:
     """Bytes that ``kept`` of ``n`` elements take when packed with values in ``dtype``."""
     positions = min(bits_nbytes(n), offsets_nbytes(n, kept)) if kept < n else 0
@@ -111,14 +121,13 @@ def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
 
     With ``outermost``, that dimension comes first, whether it does in memory or not.
     """
-    order = memory_order(x)
     if outermost is not None:
-        order = (outermost, *(dim for dim in order if dim != outermost))
+        order = (outermost, *(dim for dim in memory_order(x) if dim != outermost))
         return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
-    if not x.permute(order).is_contiguous():
+    if not is_dense_in_memory(x):
         x = x.clone()  # dense, with the dimensions in the same order in memory as before where they had one
-        order = memory_order(x)
-    return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
+    layout = layout_of(x)
+    return x.permute(layout.order).reshape(-1), layout
 
 
 def unflatten(flat: Tensor, layout: Layout) -> Tensor:

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropit import ops
-from dropit.packed import Layout, Packed, flatten, keep_dense
+from dropit.packed import Packed, flatten, keep_dense
+from dropit.stored import Stored, offered
 from dropit.strategies import Draws, Strategy
+from dropit.tracing import is_mapped
 
 
 class _Entry(NamedTuple):
@@ -46,8 +48,15 @@ class Packer:
         self._draws = Draws(seed=seed)
         self._known: Any = WeakTensorKeyDictionary()  # entries die with their tensor
 
+    def store(self, x: Tensor, source: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Stored:
+        """What to keep of ``x``, which is ``source`` or what autocast made of it: packed, if it is not held anyway."""
+        known = offered(source)
+        if known is not None:
+            return known if x is source else known.cast(x.dtype)
+        return Stored.of(self.pack(x, source, channel_dim=channel_dim, batch_dim=batch_dim))
+
     def pack(self, x: Tensor, source: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Packed:
-        """Pack ``x``, which is ``source`` or what autocast made of it."""
+        """Pack ``x``, once as long as ``source`` lives."""
         if is_mapped(x):
             return keep_dense(x)
         if torch.compiler.is_compiling() or source.is_inference():
@@ -62,6 +71,10 @@ class Packer:
             self._known[source] = entry
         return entry.packed
 
+    def store_all(self, x: Tensor) -> Stored:
+        """All of ``x``, as :meth:`quantize` has it, if it is not held anyway."""
+        return offered(x) or Stored.of(self.quantize(x))
+
     def quantize(self, x: Tensor) -> Packed:
         """All of ``x``, in ``bits`` bits an element with a scale for each 64, or as it is where that takes no more."""
         assert self.bits is not None
@@ -71,13 +84,6 @@ class Packer:
             flat, layout = flatten(x.detach())
             steps, scales = ops.quantize(flat, self.bits, self._noise(flat))
             return Packed(steps, None, scales, layout)
-
-    def to_levels(self, x: Tensor, step: float, lowest: int) -> tuple[Tensor, Layout]:
-        """``x`` as multiples of ``step`` from ``lowest`` up, in ``bits`` bits each."""
-        assert self.bits is not None
-        with torch.no_grad():
-            flat, layout = flatten(x.detach())
-            return ops.to_levels(flat, step, lowest, self.bits, self._noise(flat)), layout
 
     def _noise(self, flat: Tensor) -> Tensor | None:
         return self._draws.uniform(flat) if self.stochastic else None
@@ -101,13 +107,3 @@ class Packer:
         values = f", values in {self.value_dtype}" if self.value_dtype else ""
         rest = f", the rest in {self.bits} bits" if self.bits else ""
         return f"{self.strategy}{values}{rest}{' rounded stochastically' if self.bits and self.stochastic else ''}"
-
-
-def is_mapped(x: Tensor) -> bool:
-    """Whether ``x`` is one of many under torch.func.vmap, where no shape may depend on the values."""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    while functorch.is_gradtrackingtensor(x):
-        x = functorch.get_unwrapped(x)
-    return functorch.is_batchedtensor(x)

@@ -10,11 +10,20 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each part of the core, and what it may import of the others.
 MAY_IMPORT = {
+    "dropit.tracing": set(),
     "dropit.packed": set(),
     "dropit.ops": {"dropit.packed"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
-    "dropit.packer": {"dropit.packed", "dropit.ops", "dropit.strategies"},
-    "dropit.layers": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.packer"},
+    "dropit.stored": {"dropit.packed", "dropit.ops", "dropit.tracing"},
+    "dropit.packer": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.stored", "dropit.tracing"},
+    "dropit.layers": {
+        "dropit.packed",
+        "dropit.ops",
+        "dropit.strategies",
+        "dropit.stored",
+        "dropit.packer",
+        "dropit.tracing",
+    },
     "dropit.budget": {"dropit.layers", "dropit.memory"},
     "dropit.convert": {"dropit.budget", "dropit.layers", "dropit.strategies", "dropit.packer", "dropit.memory"},
     "dropit.ledger": set(),

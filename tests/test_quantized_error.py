@@ -1,4 +1,7 @@
-"""What int8 adds to the error of dropping alone: below 1 % of every layer's gradient, at first and after some steps."""
+"""What int8 adds to the error of dropping alone: below 1 % of every layer's gradient, at first and after some steps.
+
+And what it takes away: a layer that reads a normalization's or an activation's output drops nothing.
+"""
 
 import copy
 
@@ -23,7 +26,9 @@ def vit():
 
 def gradients(model, images, labels, compress):
     """By layer: the gradients of its own parameters as one vector."""
-    model = dropit.to_dropit(copy.deepcopy(model), gamma=0.9, compress=compress)
+    model = copy.deepcopy(model)
+    if compress != "plain":
+        dropit.to_dropit(model, gamma=0.9, compress=compress)
     cross_entropy(model(images), labels).backward()
     own = {fqn: list(module.parameters(recurse=False)) for fqn, module in model.named_modules()}
     return {fqn: torch.cat([p.grad.flatten() for p in parameters]) for fqn, parameters in own.items() if parameters}
@@ -40,8 +45,10 @@ def test_the_error_that_int8_adds(make, steps):
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()
         optimizer.step()
-    # In lossless mode attention keeps the input of its last projection whole, and in int8 it computes it again: neither
-    # drops there.
-    dropping = gradients(model, images, labels, "lossless")
+    exact, dropping = (gradients(model, images, labels, compress) for compress in ("plain", "lossless"))
+    better = 0
     for fqn, grad in gradients(model, images, labels, "int8").items():
-        assert (grad - dropping[fqn]).norm() < 0.01 * dropping[fqn].norm(), fqn
+        error, alone = (grad - exact[fqn]).norm(), (dropping[fqn] - exact[fqn]).norm()
+        assert error < alone + 0.01 * exact[fqn].norm(), fqn
+        better += bool(error < 0.02 * alone)
+    assert better >= 8

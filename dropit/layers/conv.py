@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit import ops
 from dropit.layers.layer import PackedInputLayer, autocast, first_order_only
 from dropit.layers.table import register
-from dropit.packed import Layout, Packed
 from dropit.packer import Packer
 
 
@@ -28,7 +27,7 @@ class Geometry(NamedTuple):
 
 
 class DropITConvFunction(Function):
-    """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of the packed x."""
+    """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of what x is restored to."""
 
     generate_vmap_rule = True
 
@@ -38,47 +37,47 @@ class DropITConvFunction(Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
-        values: Tensor | None,
-        positions: Tensor | None,
-        scales: Tensor | None,
-        layout: Layout | None,
+        restore: Callable[..., Tensor] | None,
+        *stored: Tensor | None,
     ) -> Tensor:
-        """The plain forward; values, positions, scales and layout are the packed input, if grad_weight is wanted."""
+        """The plain forward; ``restore(*stored)`` gives the input back, if grad_weight is wanted."""
         return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the weight and the packed input."""
-        input, weight, _, ctx.geometry, values, positions, scales, ctx.layout = inputs
+        """Save the weight and what is stored of the input."""
+        input, weight, _, ctx.geometry, ctx.restore, *stored = inputs
         ctx.input_shape = input.shape
-        ctx.save_for_backward(weight, values, positions, scales)
+        ctx.save_for_backward(weight, *stored)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
-        weight, values, positions, scales = ctx.saved_tensors
+        weight, *stored = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         shape_only = grad_output.new_zeros(()).expand(ctx.input_shape)  # all that grad_input asks of the input
-        input = ops.unpack(Packed(values, positions, scales, ctx.layout)) if wanted[1] else shape_only
+        input = ctx.restore(*stored) if wanted[1] else shape_only
         bias_shape = [grad_output.shape[1]]
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output, input, weight, bias_shape, *ctx.geometry, wanted
         )
         if grad_weight is not None:
             grad_weight = first_order_only(grad_weight, weight)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
+        return grad_input, grad_weight, grad_bias, None, None, *[None] * len(stored)
 
 
 def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
-    """``torch.convolution`` that keeps for backward only what ``packer`` makes of ``input`` ([N,] in, *spatial).
+    """``torch.convolution`` that keeps for backward only what ``packer`` stores of ``input`` ([N,] in, *spatial).
 
     With a frozen weight it keeps nothing of the input, where PyTorch keeps it whole.
     """
     if input.dim() < weight.dim():
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
     x, w, b = autocast(input, weight, bias)
-    packed = packer.pack(x, input, channel_dim=1) if weight.requires_grad else (None,) * 4
-    return DropITConvFunction.apply(x, w, b, geometry, *packed)  # type: ignore[no-any-return]
+    if not weight.requires_grad:
+        return DropITConvFunction.apply(x, w, b, geometry, None)  # type: ignore[no-any-return]
+    stored = packer.store(x, input, channel_dim=1)
+    return DropITConvFunction.apply(x, w, b, geometry, *stored.arguments)  # type: ignore[no-any-return]
 
 
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):

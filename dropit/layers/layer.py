@@ -11,8 +11,9 @@ from torch.autograd import Function
 
 from dropit import ops
 from dropit.packed import flatten, unflatten
-from dropit.packer import Packer, is_mapped
+from dropit.packer import Packer
 from dropit.strategies import Strategy
+from dropit.tracing import is_mapped
 
 
 class DropITLayer(nn.Module):
@@ -123,11 +124,6 @@ def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
             return grad  # torch.func differentiates always; a leaf from here would leak out of it
         through = torch.zeros((), requires_grad=True)
     return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
-
-
-def is_traced() -> bool:
-    """Whether a compiler or torch.func looks on: tensors have no storage then, and a backward pass none within it."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def save_form(ctx: Any, input: Tensor) -> None:

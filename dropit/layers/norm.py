@@ -6,6 +6,7 @@ With it PyTorch's own backward is called, for a mean of 0 and a deviation of 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,17 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit import ops
 from dropit.layers.layer import QuantizedLayer, first_order_only
 from dropit.layers.table import register
-from dropit.packed import Layout, Packed
 from dropit.packer import Packer
+from dropit.stored import Stored, offer
 
 _aten = torch.ops.aten
 
 
 class _NormFunction(Function):
-    """y = (x - mean) / deviation * weight + bias, computed by the caller. Saves the normalized x, packed."""
+    """y = (x - mean) / deviation * weight + bias, computed by the caller. Saves what is stored of the normalized x."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -32,33 +32,31 @@ class _NormFunction(Function):
         bias: Tensor | None,
         output: Tensor,
         rstd: Tensor,
-        values: Tensor,
-        positions: Tensor | None,
-        scales: Tensor | None,
-        layout: Layout,
-        *form: Any,
+        shape: tuple[int, ...],
+        restore: Callable[..., Tensor],
+        *stored: Tensor | None,
     ) -> Tensor:
-        """Give ``output`` its place in the graph; ``form`` is what the backward pass has to know of the layer."""
+        """Give ``output`` its place in the graph; ``shape``: that which is normalized over, where it is by sample."""
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the weight, 1 / deviation and the packed normalized input."""
-        _, weight, bias, computed, rstd, values, positions, scales, ctx.layout, *ctx.form = inputs
+        """Save the weight, 1 / deviation and what is stored of the normalized input."""
+        _, weight, bias, computed, rstd, ctx.shape, ctx.restore, *stored = inputs
         ctx.mark_dirty(computed)
-        ctx.save_for_backward(weight, bias, rstd, values, positions, scales)
+        ctx.save_for_backward(weight, bias, rstd, *stored)
 
     @staticmethod
     def saved(ctx: Any) -> tuple[Any, ...]:
         """Weight, bias, 1 / deviation, the normalized input, and which gradients are wanted."""
-        weight, bias, rstd, values, positions, scales = ctx.saved_tensors
-        return weight, bias, rstd, ops.unpack(Packed(values, positions, scales, ctx.layout)), ctx.needs_input_grad[:3]
+        weight, bias, rstd, *stored = ctx.saved_tensors
+        return weight, bias, rstd, ctx.restore(*stored), ctx.needs_input_grad[:3]
 
     @staticmethod
     def gradients(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The three gradients, not to be differentiated again, and none for the rest."""
         once = [None if grad is None else first_order_only(grad) for grad in grads]
-        return *once, *[None] * 6
+        return *once, *[None] * 7
 
 
 class DropITBatchNormFunction(_NormFunction):
@@ -84,11 +82,9 @@ class DropITLayerNormFunction(_NormFunction):
         """grad_output: (..., *normalized_shape)."""
         weight, bias, rstd, normalized, wanted = _NormFunction.saved(ctx)
         zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
-        grads = _aten.native_layer_norm_backward(
-            grad_output, normalized, ctx.form[0], zeros, ones, weight, bias, wanted
-        )
+        grads = _aten.native_layer_norm_backward(grad_output, normalized, ctx.shape, zeros, ones, weight, bias, wanted)
         grad_input = grads[0].mul_(rstd) if wanted[0] else None
-        return *_NormFunction.gradients(grad_input, *grads[1:]), None
+        return _NormFunction.gradients(grad_input, *grads[1:])
 
 
 class DropITGroupNormFunction(_NormFunction):
@@ -118,7 +114,7 @@ class DropITRMSNormFunction(_NormFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., *normalized_shape)."""
         weight, _, rstd, normalized, wanted = _NormFunction.saved(ctx)
-        dims = list(range(-len(ctx.form[0]), 0))
+        dims = list(range(-len(ctx.shape), 0))
         grad_input = grad_weight = None
         if wanted[0]:
             inner = grad_output if weight is None else grad_output * weight
@@ -127,7 +123,7 @@ class DropITRMSNormFunction(_NormFunction):
         if wanted[1]:
             rows = list(range(grad_output.dim() - len(dims)))
             grad_weight = (grad_output * normalized).sum(dim=rows) if rows else grad_output * normalized
-        return *_NormFunction.gradients(grad_input, grad_weight, None), None
+        return _NormFunction.gradients(grad_input, grad_weight, None)
 
 
 class _DropITBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
@@ -152,8 +148,9 @@ def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, pac
         output, mean, rstd = torch.native_batch_norm(x, layer.weight, layer.bias, *buffers, True, momentum, layer.eps)
         by_channel = (-1, *[1] * (x.dim() - 2))
         shift, scale = (-mean * rstd).view(by_channel), rstd.view(by_channel)
-        packed = packer.quantize(torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype)))
-    return DropITBatchNormFunction.apply(input, layer.weight, layer.bias, output, rstd, *packed)  # type: ignore[no-any-return]
+        normalized = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+    tensors = (input, layer.weight, layer.bias, output, rstd)
+    return _in_graph(DropITBatchNormFunction, tensors, (), normalized, packer, by_channel)
 
 
 @register
@@ -196,8 +193,8 @@ def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Ten
     shape = layer.normalized_shape
     with torch.no_grad():
         output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
-        packed = packer.quantize(((x - mean) * rstd).to(x.dtype))
-    return DropITLayerNormFunction.apply(x, w, b, output, rstd, *packed, shape)  # type: ignore[no-any-return]
+        normalized = ((x - mean) * rstd).to(x.dtype)
+    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), tuple(shape), normalized, packer)
 
 
 def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -223,8 +220,8 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
             output, mean, rstd = torch.native_group_norm(dense, w, b, *form, self.eps)
             groups = x.reshape(samples, self.num_groups, -1)
             normalized = ((groups - mean.unsqueeze(2)) * rstd.unsqueeze(2)).view(x.shape).to(x.dtype)
-            packed = self.packer.quantize(normalized)
-        return DropITGroupNormFunction.apply(x, w, b, output, rstd, *packed)  # type: ignore[no-any-return]
+        by_channel = (-1, *[1] * (x.dim() - 2))
+        return _in_graph(DropITGroupNormFunction, (x, w, b, output, rstd), (), normalized, self.packer, by_channel)
 
 
 @register
@@ -244,9 +241,36 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
             eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
             dims = list(range(-len(self.normalized_shape), 0))
             rstd = (wide.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
-            packed = self.packer.quantize((wide * rstd).to(x.dtype))
+            normalized = (wide * rstd).to(x.dtype)
         shape = tuple(self.normalized_shape)
-        return DropITRMSNormFunction.apply(x, w, None, output, rstd, *packed, shape)  # type: ignore[no-any-return]
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), shape, normalized, self.packer)
+
+
+def _in_graph(
+    function: type[_NormFunction],
+    tensors: tuple[Any, ...],
+    shape: tuple[int, ...],
+    normalized: Tensor,
+    packer: Packer,
+    by_channel: tuple[int, ...] | None = None,
+) -> Tensor:
+    """``function`` of (input, weight, bias, output, 1 / deviation), and its output on offer to who reads it.
+
+    ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
+    """
+    stored = Stored.of(packer.quantize(normalized))
+    output = function.apply(*tensors, shape, *stored.arguments)
+    # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
+    affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
+    if by_channel is not None:
+        affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
+    return offer(output, stored.then(_scaled, *affine))
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        x = x * weight
+    return x if bias is None else x + bias
 
 
 def _in_float(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from dropit import ops
 from dropit.layers.layer import LosslessLayer, placeholder, save_form
 from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
+from dropit.stored import offer, offered
 
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
 _BACKWARD = {2: torch.ops.aten.max_pool2d_with_indices_backward, 3: torch.ops.aten.max_pool3d_with_indices_backward}
@@ -57,6 +59,17 @@ class DropITMaxPoolFunction(Function):
         indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
         backward = _BACKWARD[len(ctx.windows.kernel_size)]
         return backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices), None
+
+
+def dropit_max_pool(input: Tensor, windows: Windows) -> Tensor:
+    """Max-pooling of ([N,] C, *spatial) that keeps an offset per window."""
+    known = offered(input)
+    output = DropITMaxPoolFunction.apply(input, windows)[0]
+    return offer(output, known and known.then(partial(_again, windows)))
+
+
+def _again(windows: Windows, x: Tensor) -> Tensor:
+    return _FORWARD[len(windows.kernel_size)](x, *windows)[0]  # type: ignore[no-any-return]
 
 
 def window_offsets(indices: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
@@ -106,10 +119,10 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         if not self.packs(input) or self.return_indices or _size(windows) > 256:
             return super().forward(input)  # type: ignore[misc]
         if self.dimensions > 1:
-            return DropITMaxPoolFunction.apply(input, windows)[0]
+            return dropit_max_pool(input, windows)
         # One dimension is two, as PyTorch has it.
         flat = Windows((1, *windows[0]), (1, *windows[1]), (0, *windows[2]), (1, *windows[3]), self.ceil_mode)
-        return DropITMaxPoolFunction.apply(input.unsqueeze(-2), flat)[0].squeeze(-2)
+        return dropit_max_pool(input.unsqueeze(-2), flat).squeeze(-2)
 
     def _windows(self) -> Windows:
         each = self._each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import Function
 
 from dropit.layers.layer import LosslessLayer, save_mask, saved_mask
 from dropit.layers.table import register
+from dropit.stored import offer, offered
 
 
 class DropITReLUFunction(Function):
@@ -50,9 +52,17 @@ class DropITReLUFunction(Function):
         return grad_input, None, None, None, None
 
 
-def dropit_relu(input: Tensor, inplace: bool = False) -> Tensor:
-    """``F.relu`` that keeps a bit per element."""
-    return DropITReLUFunction.apply(input, 0.0, math.inf, 0.0, inplace)  # type: ignore[no-any-return]
+def dropit_relu(
+    input: Tensor, inplace: bool = False, *, lower: float = 0.0, upper: float = math.inf, slope: float = 0.0
+) -> Tensor:
+    """``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu`` that keeps a bit per element."""
+    known = offered(input)
+    output = DropITReLUFunction.apply(input, lower, upper, slope, inplace)
+    return offer(output, known and known.then(partial(_again, lower, upper, slope)))
+
+
+def _again(lower: float, upper: float, slope: float, x: Tensor) -> Tensor:
+    return F.leaky_relu(x, slope) if slope else x.clamp(lower, upper)
 
 
 @register
@@ -78,7 +88,7 @@ class DropITHardtanh(LosslessLayer, nn.Hardtanh):
         """input: any shape."""
         if not self.packs(input):
             return super().forward(input)
-        return DropITReLUFunction.apply(input, self.min_val, self.max_val, 0.0, self.inplace)  # type: ignore[no-any-return]
+        return dropit_relu(input, self.inplace, lower=self.min_val, upper=self.max_val)
 
 
 @register
@@ -98,5 +108,4 @@ class DropITLeakyReLU(LosslessLayer, nn.LeakyReLU):
         """input: any shape."""
         if not self.packs(input) or self.negative_slope <= 0:
             return super().forward(input)
-        slope = self.negative_slope
-        return DropITReLUFunction.apply(input, 0.0, math.inf, slope, self.inplace)  # type: ignore[no-any-return]
+        return dropit_relu(input, self.inplace, slope=self.negative_slope)

@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import autocast, first_order_only, is_traced
+from dropit.layers.layer import autocast, first_order_only
 from dropit.packed import Layout, Packed
-from dropit.packer import Packer, is_mapped
+from dropit.packer import Packer
+from dropit.tracing import is_mapped, is_traced
 
 
 class Form(NamedTuple):

@@ -2,14 +2,12 @@
 
 from dropit.ops.reference import (
     dequantize,
-    from_levels,
     magnitude,
     pack,
     pack_bits,
     pack_channels,
     pack_small,
     quantize,
-    to_levels,
     topk_mask,
     unpack,
     unpack_bits,
@@ -18,14 +16,12 @@ from dropit.ops.reference import (
 
 __all__ = [
     "dequantize",
-    "from_levels",
     "magnitude",
     "pack",
     "pack_bits",
     "pack_channels",
     "pack_small",
     "quantize",
-    "to_levels",
     "topk_mask",
     "unpack",
     "unpack_bits",

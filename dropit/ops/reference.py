@@ -178,23 +178,6 @@ def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Ten
     return (groups * scales.to(dtype).unsqueeze(1)).view(-1)[:n]
 
 
-def to_levels(x: Tensor, step: float, lowest: int, bits: int, noise: Tensor | None = None) -> Tensor:
-    """Round ``x`` (n,) to a multiple of ``step``, from ``lowest`` up: uint8, (n,) with 8 bits, (ceil(n / 2),) with 4.
-
-    ``noise``: as in :func:`quantize`.
-    """
-    levels = x / step
-    levels = levels.round_() if noise is None else levels.add_(noise).floor_()
-    numbers = levels.sub_(lowest).clamp_(0, 2**bits - 1).to(torch.uint8)
-    return numbers if bits == 8 else pack_small(numbers, 16)
-
-
-def from_levels(stored: Tensor, step: float, lowest: int, bits: int, n: int, dtype: torch.dtype) -> Tensor:
-    """Undo :func:`to_levels`, but for what was rounded: (n,) of ``dtype``."""
-    numbers = stored if bits == 8 else unpack_small(stored, 16, n)
-    return (numbers.to(dtype) + lowest).mul_(step)
-
-
 def _padded(flat: Tensor, multiple: int) -> Tensor:
     """(n,) with zeros up to a multiple; itself if it has that length."""
     missing = -flat.numel() % multiple
