@@ -2,19 +2,19 @@
 
 Dropping leaves the gradients of activations exact, so what it costs one layer's weight gradient is independent of all
 other layers and can be measured: a few steps on one batch, each with another gamma for all layers, give every layer's
-squared error as a function of its bytes. What quantization costs is spread over the layers that it acts on, by how much
-gradient passes through them. The cheapest choice of options is then found along their convex hulls, by error per byte.
+squared error and its bytes. What quantization costs is spread over the layers that it acts on, by how much gradient
+passes through them. The choice of an option for each layer with the least error in sum is then found exactly.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from dropit.layers.attention import DropITMultiheadAttention
 from dropit.memory import CacheMeter
 
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-# What is kept is refined where much is dropped: there an element more counts most.
-_PARTS = (0.0, 0.5, 0.75, 0.875, 0.95, 1.0)
+# Where in the range of gamma a step is taken: closer where much is dropped, as there an element more counts most.
+_PARTS = (1.0, 0.95, 0.875, 0.75, 0.5, 0.0)
+_BETWEEN = 8  # values of gamma from one step's to the next's
+_CELLS = 20_000  # that the bytes to spend are cut into
 _CLOSE = 0.985  # a part of the budget that is near enough
 _TRIES = 10
-
-Configure = Callable[["Setting"], None]
 
 
 def parse_bytes(given: int | str) -> int:
@@ -44,75 +44,81 @@ def parse_bytes(given: int | str) -> int:
     return nbytes
 
 
-@dataclass
-class Setting:
-    """Of each layer by name: the gamma of those that drop, and the bits of those that may quantize (None: as it is)."""
+class Choice(NamedTuple):
+    """How a layer stores what it keeps: ``gamma`` and ``value_dtype`` of its packed input, ``bits`` of all else."""
 
-    gammas: dict[str, float] = field(default_factory=dict)
-    bits: dict[str, int | None] = field(default_factory=dict)
+    gamma: float = 0.0
+    value_dtype: torch.dtype | None = None
+    bits: int | None = None
 
 
-@dataclass(frozen=True)
-class Option:
-    """One way to treat an item: its bytes and its squared error, both against the best way."""
+Setting = dict[str, Choice]  # of each layer by name
+Configure = Callable[[Setting], None]
 
-    value: Any
+
+class Option(NamedTuple):
+    """One way to treat an item, its bytes, and its squared error."""
+
+    choice: Choice
     nbytes: float
     error: float
 
 
-@dataclass
-class Item:
-    """Layers that are treated alike, as they read one tensor, and the ways to treat them."""
+class Item(NamedTuple):
+    """Layers that are treated alike, as they hold something together, and the ways to treat them."""
 
     names: list[str]
     options: list[Option]
-    between: bool  # whether values between those of two options may be chosen
 
-    def hull(self) -> list[Option]:
-        """The options that no mixture of others beats, by bytes; each next one lowers the error less per byte."""
-        kept: list[Option] = []
-        for option in sorted(self.options, key=lambda option: (option.nbytes, option.error)):
-            if kept and option.error >= kept[-1].error:
-                continue
-            while len(kept) > 1 and _slope(kept[-2], kept[-1]) <= _slope(kept[-1], option):
-                kept.pop()
+
+class Plan:
+    """The options of all items with the least error in sum, for any number of bytes: a knapsack, by cells of bytes."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self._items = [Item(item.names, _worthwhile(item.options)) for item in items]
+        self.span = sum(item.options[-1].nbytes - item.options[0].nbytes for item in self._items)
+        self._cell = max(self.span / _CELLS, 1e-9)
+        self._picks: list[Tensor] = []  # of each item, for each number of cells: which option
+        # By cells, of which each item may waste a part of one.
+        least = torch.zeros(_CELLS + len(items) + 1, dtype=torch.float64)
+        for item in self._items:
+            least, pick = self._with(item, least)
+            self._picks.append(pick)
+
+    def _with(self, item: Item, least: Tensor) -> tuple[Tensor, Tensor]:
+        errors = torch.full_like(least, float("inf"))
+        pick = torch.zeros(len(least), dtype=torch.int16)
+        for index, option in enumerate(item.options):
+            cells = self._cells(item, index)
+            error = least[: len(least) - cells] + option.error
+            better = error < errors[cells:]
+            errors[cells:][better] = error[better]
+            pick[cells:][better] = index
+        return errors, pick
+
+    def _cells(self, item: Item, index: int) -> int:
+        exact = (item.options[index].nbytes - item.options[0].nbytes) / self._cell
+        return math.ceil(round(exact, 6))
+
+    def setting(self, spare: float) -> Setting:
+        """What to choose where ``spare`` bytes may be held beyond the least that the items can."""
+        chosen: Setting = {}
+        cells = _CELLS + len(self._items)
+        left = cells if spare >= self.span else max(int(spare / self._cell), 0)
+        for item, pick in zip(reversed(self._items), reversed(self._picks), strict=True):
+            index = int(pick[left])
+            chosen.update(dict.fromkeys(item.names, item.options[index].choice))
+            left -= self._cells(item, index)
+        return chosen
+
+
+def _worthwhile(options: list[Option]) -> list[Option]:
+    """Those that no other beats, by bytes."""
+    kept: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.nbytes, option.error)):
+        if not kept or option.error < kept[-1].error:
             kept.append(option)
-        return kept
-
-
-def _slope(a: Option, b: Option) -> float:
-    """By how much the error falls for each byte more."""
-    return (a.error - b.error) / max(b.nbytes - a.nbytes, 1e-9)
-
-
-def solve(items: list[Item], spare: float) -> list[Any]:
-    """Each item's value, so that all together take no more than ``spare`` bytes, or the least that they can.
-
-    Steps up the hulls are taken by error per byte, so that more bytes never mean more error.
-    """
-    hulls = [item.hull() for item in items]
-    left = spare - sum(hull[0].nbytes for hull in hulls)
-    steps = [
-        (_slope(a, b), index, position)
-        for index, hull in enumerate(hulls)
-        for position, (a, b) in enumerate(pairwise(hull))
-    ]
-    values = [hull[0].value for hull in hulls]
-    reached = [0] * len(items)
-    for _, index, position in sorted(steps, key=lambda step: -step[0]):
-        if reached[index] != position:
-            continue  # a step before this one did not fit
-        a, b = hulls[index][position : position + 2]
-        cost = b.nbytes - a.nbytes
-        if cost <= left:
-            values[index] = b.value
-            reached[index] += 1
-            left -= cost
-        elif items[index].between and left > 0:
-            values[index] = a.value + (b.value - a.value) * left / cost
-            left = 0
-    return values
+    return kept
 
 
 def fit(
@@ -124,43 +130,51 @@ def fit(
     *,
     gamma_min: float,
     gamma_max: float,
-    levels: Iterable[int],
-) -> Setting:
+    value_dtype: torch.dtype,
+    levels: tuple[int, ...],
+) -> None:
     """Choose and apply the setting under which ``forward()`` holds at most ``budget`` bytes.
 
     ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; its own cache is not counted.
-    ``levels``: the numbers of bits that may be chosen. Raises ValueError where not even the least setting fits.
+    ``value_dtype``: what kept values are stored in, but where all are kept as they are. ``levels``: the numbers of bits
+    that may be chosen. Raises ValueError where not even the least setting fits.
     """
     calibration = _Calibration(model, configure, forward, loss_fn)
-    grid = [gamma_min + (gamma_max - gamma_min) * part for part in _PARTS]
+    gammas = [gamma_min + (gamma_max - gamma_min) * part for part in _PARTS]
     with _nothing_at_zero(model):
-        items, best = calibration.items(grid, tuple(levels))
-    # What the model holds is almost, but not quite, the sum of its items: the target is moved until it fits.
-    least = best + sum(item.hull()[0].nbytes for item in items)
-    low, high, target = least, float("inf"), float(budget)
-    chosen: Setting | None = None
+        plan = Plan(calibration.items(gammas, value_dtype, levels))
+    configure(plan.setting(0))
+    least = calibration.held()
+    if least > budget:
+        raise ValueError(
+            f"budget of {budget / 2**20:.1f} MiB cannot be met: the least that this model holds is "
+            f"{least / 2**20:.1f} MiB"
+        )
+    # What the model holds is almost, but not quite, the sum of its items: what is spent is moved until it fits.
+    low, high, spare = 0.0, plan.span + 1, float(budget - least)
+    best, chosen = least, plan.setting(0)
     for _ in range(_TRIES):
-        setting = calibration.setting(items, solve(items, max(target, least) - best))
+        setting = plan.setting(spare)
         configure(setting)
         held = calibration.held()
         if held <= budget:
-            chosen, low = setting, max(target, low)
-            if held >= _CLOSE * budget or target >= best:
-                return setting
-        else:
-            high = target
-            if target <= least:
+            low = spare
+            if held >= best:
+                best, chosen = held, setting
+            if held >= _CLOSE * budget or spare >= plan.span:
                 break
-        moved = target + (1 + _CLOSE) / 2 * budget - held
-        target = moved if low < moved < high else (low + min(high, best)) / 2
-    if chosen is None:
-        configure(calibration.setting(items, [item.hull()[0].value for item in items]))
-        raise ValueError(
-            f"budget of {budget / 2**20:.1f} MiB cannot be met: the least that this model holds is "
-            f"{calibration.held() / 2**20:.1f} MiB"
-        )
+        else:
+            high = spare
+        moved = spare + (1 + _CLOSE) / 2 * budget - held
+        spare = moved if low < moved < high else (low + high) / 2
     configure(chosen)
-    return chosen
+
+
+class _Run(NamedTuple):
+    """A step: gradients of each layer's own parameters, and bytes held by module."""
+
+    grads: dict[str, Tensor]
+    held: dict[str, int]
 
 
 class _Calibration:
@@ -174,57 +188,71 @@ class _Calibration:
         loss_fn: Callable[[Any], Tensor],
     ) -> None:
         self._model, self._configure, self._forward, self._loss_fn = model, configure, forward, loss_fn
-        self._packing = [fqn for fqn, m in model.named_modules() if isinstance(m, PackedInputLayer)]
+        named = dict(model.named_modules())
+        self._packing = [fqn for fqn, module in named.items() if isinstance(module, PackedInputLayer)]
         quantizing = (QuantizedLayer, DropITMultiheadAttention)
-        self._quantizing = [fqn for fqn, m in model.named_modules() if isinstance(m, quantizing)]
-        self._fixed: dict[str, float] = {}
+        self._quantizing = [fqn for fqn, module in named.items() if isinstance(module, quantizing)]
+        self._together: list[tuple[str, ...]] = []  # names of layers that hold one tensor, in some setting
 
-    def items(self, gammas: list[float], levels: tuple[int, ...]) -> tuple[list[Item], int]:
-        """What there is to choose, and the bytes held where nothing is dropped beyond ``gammas[0]`` or quantized."""
-        order, groups = self._order_and_groups()
-        whole = self._step(self._uniform(0.0, None))
-        exact, nothing, _ = whole
-        runs = [self._step(self._uniform(gamma, None)) if gamma else whole for gamma in gammas]
-        _, base, _ = runs[0]
-        items = []
-        for group in groups:
-            if any(runs[-1][2].held_elsewhere(fqn) for fqn in group):
-                self._fixed |= dict.fromkeys(group, 0.0)  # another operation holds the input: dropping frees nothing
-                continue
-            before = sum(base[fqn] for fqn in group)
-            options = [
-                Option(gamma, sum(held[fqn] for fqn in group) - before, _error(group, grads, exact))
-                for gamma, (grads, held, _) in zip(gammas, runs, strict=True)
-            ]
-            items.append(Item(group, options, between=True))
-        items += self._bits(levels, order, exact, nothing)
-        self._configure(self.setting(items, [item.options[0].value for item in items]))
-        return items, self.held()
-
-    def _bits(
-        self, levels: tuple[int, ...], order: dict[str, int], exact: dict[str, Tensor], nothing: dict[str, int]
-    ) -> list[Item]:
-        """The error of all layers together is measured, and shared out by how much gradient passes through each."""
-        norms = {fqn: grad.double().square().sum().item() for fqn, grad in exact.items()}
-        names = [fqn for fqn in self._quantizing if fqn in order]
-        through = {
-            fqn: sum(norm for other, norm in norms.items() if order.get(other, 0) <= order[fqn]) for fqn in names
+    def items(self, gammas: list[float], value_dtype: torch.dtype, levels: tuple[int, ...]) -> list[Item]:
+        """What there is to choose. The first of ``levels`` is that under which dropping is measured as well."""
+        order = self._order()
+        exact = self._step(Choice())
+        quantized = {bits: self._step(Choice(bits=bits)) for bits in levels}
+        drops: dict[tuple[float, int | None], tuple[dict[str, int], dict[str, float]]] = {}
+        for gamma in gammas:
+            for bits, without in ((None, exact), (levels[0], quantized[levels[0]])):
+                grads, held = self._step(Choice(gamma, value_dtype, bits))
+                drops[gamma, bits] = held, {fqn: _error([fqn], grads, without.grads) for fqn in self._packing}
+        through = self._through(order, exact.grads)
+        # For each square of gradient that passes through.
+        rates = {
+            bits: _error(list(exact.grads), run.grads, exact.grads) / max(sum(through.values()), 1e-30)
+            for bits, run in quantized.items()
         }
-        options = {fqn: [Option(None, 0, 0.0)] for fqn in names}
-        for bits in levels:
-            grads, held, _ = self._step(self._uniform(0.0, bits))
-            share = _error(list(norms), grads, exact) / max(sum(through.values()), 1e-30)
-            for fqn in names:
-                options[fqn].append(Option(bits, held[fqn] - nothing[fqn], share * through[fqn]))
-        return [Item([fqn], options[fqn], between=False) for fqn in names]
 
-    def setting(self, items: list[Item], values: list[Any]) -> Setting:
-        """The items' values as a setting."""
-        setting = Setting(gammas=dict(self._fixed))
-        for item, value in zip(items, values, strict=True):
-            chosen: dict[str, Any] = setting.gammas if item.between else setting.bits
-            chosen.update(dict.fromkeys(item.names, value))
-        return setting
+        def of_packing(names: list[str], bits: int | None) -> list[Option]:
+            """Ways to pack the inputs, with all else in ``bits``: bytes and error beyond none dropped."""
+            measured = bits and levels[0]
+            nothing = (exact if bits is None else quantized[levels[0]]).held
+            kept = []
+            before = sum(nothing[fqn] for fqn in names)
+            for gamma in gammas:
+                held, errors = drops[gamma, measured]
+                nbytes = sum(held[fqn] for fqn in names) - before
+                error = sum(errors[fqn] for fqn in names if fqn in errors)
+                kept.append(Option(Choice(gamma, value_dtype, bits), nbytes, error))
+            if gammas[-1] > 0 and kept[-1].nbytes <= 0:
+                return _and_between(kept)
+            return [*_and_between(kept), Option(Choice(bits=bits), 0.0, 0.0)]  # or dropping would free nothing
+
+        items = []
+        for names in self._groups(order):
+            options = of_packing(names, None)
+            quantizing = [fqn for fqn in names if fqn in self._quantizing]
+            for bits in levels if quantizing else ():
+                nbytes = sum(quantized[bits].held[fqn] - exact.held[fqn] for fqn in names)
+                error = rates[bits] * sum(through[fqn] for fqn in quantizing)
+                options += [
+                    Option(choice, nbytes + more, error + dropped) for choice, more, dropped in of_packing(names, bits)
+                ]
+            items.append(Item(names, options))
+        return items
+
+    def _through(self, order: dict[str, int], grads: dict[str, Tensor]) -> dict[str, float]:
+        """Of each quantizing layer the square of all gradients that its own error reaches: those of layers before."""
+        norms = {fqn: grad.double().square().sum().item() for fqn, grad in grads.items()}
+        return {
+            fqn: sum(norm for other, norm in norms.items() if order.get(other, 0) <= order[fqn])
+            for fqn in self._quantizing
+            if fqn in order
+        }
+
+    def _groups(self, order: dict[str, int]) -> list[list[str]]:
+        names = [fqn for fqn in {*self._packing, *self._quantizing} if fqn in order]
+        apart = [(fqn,) for fqn in names]
+        groups = _merged([*apart, *(tuple(fqn for fqn in each if fqn in names) for each in self._together)])
+        return sorted(groups, key=lambda group: min(order[fqn] for fqn in group))
 
     def held(self) -> int:
         """Bytes that a forward pass holds now."""
@@ -233,12 +261,8 @@ class _Calibration:
         del output
         return meter.total_bytes
 
-    def _uniform(self, gamma: float, bits: int | None) -> Setting:
-        return Setting(dict.fromkeys(self._packing, gamma), dict.fromkeys(self._quantizing, bits))
-
-    def _step(self, setting: Setting) -> tuple[dict[str, Tensor], dict[str, int], CacheMeter]:
-        """Gradients of each layer's own parameters, bytes held by module, and the meter."""
-        self._configure(setting)
+    def _step(self, choice: Choice) -> _Run:
+        self._configure(dict.fromkeys({*self._packing, *self._quantizing}, choice))
         grads = [parameter.grad for parameter in self._model.parameters()]
         for parameter in self._model.parameters():
             parameter.grad = None
@@ -252,31 +276,37 @@ class _Calibration:
                 found[fqn] = torch.cat(own)
         for parameter, grad in zip(self._model.parameters(), grads, strict=True):
             parameter.grad = grad
-        return found, defaultdict(int, meter.by_module()), meter
+        self._together += meter.sharing()
+        return _Run(found, defaultdict(int, meter.by_module()))
 
-    def _order_and_groups(self) -> tuple[dict[str, int], list[list[str]]]:
-        """When each module was first called, and which packing layers read one tensor."""
-        self._configure(self._uniform(0.0, None))
+    def _order(self) -> dict[str, int]:
+        """When each module was first called."""
+        self._configure({})
         order: dict[str, int] = {}
-        readers: dict[tuple[int, int], list[str]] = defaultdict(list)
-        alive: list[Tensor] = []  # so that no two tensors have one id
         names = {module: fqn for fqn, module in self._model.named_modules()}
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
-            fqn = names[module]
-            order.setdefault(fqn, len(order))
-            if fqn in packing and args and isinstance(args[0], Tensor):
-                alive.append(args[0])
-                readers[id(args[0]), args[0]._version].append(fqn)
+            order.setdefault(names[module], len(order))
 
-        packing = set(self._packing)
         handles = [module.register_forward_pre_hook(note) for module in names]
         with _unchanged(self._model):
             output = self._forward()
         del output
         for handle in handles:
             handle.remove()
-        return order, _merged(readers.values())
+        return order
+
+
+def _and_between(options: list[Option]) -> list[Option]:
+    """Options that differ in gamma, and more of them: bytes go evenly with gamma, and the error less than evenly."""
+    filled = options[:1]
+    for a, b in pairwise(options):
+        for part in (step / _BETWEEN for step in range(1, _BETWEEN + 1)):
+            gamma, nbytes, error = (
+                x + (y - x) * part for x, y in ((a.choice.gamma, b.choice.gamma), (a.nbytes, b.nbytes), a[2:] + b[2:])
+            )
+            filled.append(Option(a.choice._replace(gamma=gamma), nbytes, error))
+    return filled
 
 
 @contextmanager
@@ -318,7 +348,7 @@ def _error(names: list[str], grads: dict[str, Tensor], exact: dict[str, Tensor])
     return sum((grads[fqn] - exact[fqn]).double().square().sum().item() for fqn in found)
 
 
-def _merged(groups: Iterable[list[str]]) -> list[list[str]]:
+def _merged(groups: Iterable[Iterable[str]]) -> list[list[str]]:
     """Groups that share a name, as a layer that is called twice makes them, as one."""
     merged: list[set[str]] = []
     for group in groups:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dropit.budget import Setting, fit, parse_bytes
+from dropit.budget import Choice, Setting, fit, parse_bytes
 from dropit.layers import (
     SWAPS,
     DropITLayer,
@@ -121,7 +121,8 @@ def to_dropit(
             loss_fn or _some_loss,
             gamma_min=gamma_min,
             gamma_max=gamma_max,
-            levels=_BITS.values(),
+            value_dtype=packer.value_dtype or torch.int8,
+            levels=tuple(_BITS.values()),
         )
     return model
 
@@ -136,15 +137,14 @@ def _swap(module: nn.Module, swap: type[DropITLayer] | None, packer: Packer) -> 
 
 
 def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
-    """Give each layer the packer of its own setting; those of one setting share theirs."""
-    packers: dict[tuple[float, int | None], Packer] = {}
+    """Give each layer the packer of its own choice; those of one choice share theirs."""
+    packers: dict[Choice, Packer] = {}
     for fqn, (module, swap) in targets.items():
-        bits = setting.bits.get(fqn)
-        wanted = issubclass(swap, PackedInputLayer) or bits is not None or issubclass(swap, LosslessLayer)
-        key = (setting.gammas.get(fqn, like.strategy.gamma), bits)
-        if key not in packers:
-            packers[key] = like.replaced(gamma=key[0], bits=bits)
-        _swap(module, swap if wanted else None, packers[key])
+        choice = setting.get(fqn, Choice())
+        if choice not in packers:
+            packers[choice] = like.replaced(**choice._asdict())
+        wanted = choice.bits is not None or not issubclass(swap, QuantizedLayer)
+        _swap(module, swap if wanted else None, packers[choice])
 
 
 def _call(model: nn.Module, example: Any) -> Any:

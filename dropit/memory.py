@@ -89,6 +89,11 @@ class CacheMeter:
         elsewhere = [held for held in self._held() if held.storage in inputs and fqn not in held.modules]
         return _sizes(rows_by(lambda held: f"{held.operator} in {held.modules[0] or 'the model'}", elsewhere))
 
+    def sharing(self) -> list[tuple[str, ...]]:
+        """The names of modules that hold one storage together, for each such storage."""
+        together = (tuple(dict.fromkeys(held.modules)) for held in self._held())
+        return [names for names in together if len(names) > 1]
+
     def table(self, plain: CacheMeter | None = None, *, depth: int | None = None) -> str:
         """By operator, and by module; with another meter, of the plain model, what that one holds.
 

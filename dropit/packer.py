@@ -98,10 +98,10 @@ class Packer:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def replaced(self, *, gamma: float, bits: int | None) -> Packer:
-        """A packer that differs from this one in gamma and bits alone."""
-        state = self.__getstate__() | {"strategy": dataclasses.replace(self.strategy, gamma=gamma), "bits": bits}
-        return Packer(**state)
+    def replaced(self, *, gamma: float, value_dtype: torch.dtype | None, bits: int | None) -> Packer:
+        """A packer that differs from this one in these alone."""
+        strategy = dataclasses.replace(self.strategy, gamma=gamma)
+        return Packer(**self.__getstate__() | {"strategy": strategy, "value_dtype": value_dtype, "bits": bits})
 
     def __repr__(self) -> str:
         values = f", values in {self.value_dtype}" if self.value_dtype else ""

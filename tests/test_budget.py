@@ -1,12 +1,12 @@
 import copy
-from itertools import pairwise
+from itertools import product
 
 import pytest
 import torch
 from torch import nn
 
 import dropit
-from dropit.budget import Item, Option, parse_bytes, solve
+from dropit.budget import Choice, Item, Option, Plan, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -23,57 +23,64 @@ def test_what_is_no_number_of_bytes_is_refused(given):
         parse_bytes(given)
 
 
-def gammas(*options):
-    return Item(["a"], [Option(*option) for option in options], between=True)
+def item(name, *options):
+    """Options as (gamma, bytes, error)."""
+    return Item([name], [Option(Choice(gamma), nbytes, error) for gamma, nbytes, error in options])
 
 
-def bits(*options):
-    return Item(["b"], [Option(*option) for option in options], between=False)
-
-
-def test_an_option_that_a_mixture_beats_is_not_on_the_hull():
-    item = gammas((0.9, 0, 10.0), (0.8, 1, 9.0), (0.5, 2, 2.0), (0.3, 3, 2.5), (0.0, 4, 0.0))
-    assert [option.value for option in item.hull()] == [0.9, 0.5, 0.0]
+def chosen(items, spare):
+    setting = Plan(items).setting(spare)
+    return [setting[item.names[0]].gamma for item in items]
 
 
 def test_bytes_go_where_they_lower_the_error_most():
-    steep = gammas((0.9, 0, 10.0), (0.1, 10, 0.0))
-    flat = gammas((0.9, 0, 5.0), (0.1, 10, 0.0))
-    assert solve([flat, steep], 0) == [0.9, 0.9]
-    assert solve([flat, steep], 10) == [0.9, 0.1]
-    assert solve([flat, steep], 15) == [pytest.approx(0.5), 0.1]
-    assert solve([flat, steep], 99) == [0.1, 0.1]
+    steep = item("a", (0.9, 0, 10.0), (0.5, 5, 5.0), (0.1, 10, 0.0))
+    flat = item("b", (0.9, 0, 5.0), (0.5, 5, 2.5), (0.1, 10, 0.0))
+    assert chosen([flat, steep], 0) == [0.9, 0.9]
+    assert chosen([flat, steep], 10) == [0.9, 0.1]
+    assert chosen([flat, steep], 15) == [0.5, 0.1]
+    assert chosen([flat, steep], 99) == [0.1, 0.1]
+
+
+def test_an_option_that_another_beats_is_never_chosen():
+    only = item("a", (0.9, 0, 10.0), (0.5, 6, 2.0), (0.3, 7, 2.5), (0.1, 12, 0.0))
+    assert [chosen([only], spare)[0] for spare in range(14)] == [0.9] * 6 + [0.5] * 6 + [0.1] * 2
 
 
 def test_what_cannot_be_split_waits_until_it_fits_and_others_use_the_rest():
-    whole = bits((4, 0, 100.0), (8, 10, 0.0))
-    fine = gammas((0.9, 0, 5.0), (0.1, 10, 0.0))
-    assert solve([whole, fine], 5) == [4, pytest.approx(0.5)]
-    assert solve([whole, fine], 10) == [8, 0.9]
+    whole = item("a", (0.8, 0, 100.0), (0.0, 10, 0.0))
+    fine = item("b", (0.9, 0, 5.0), (0.5, 5, 2.0), (0.1, 10, 0.0))
+    assert chosen([whole, fine], 6) == [0.8, 0.5]
+    assert chosen([whole, fine], 10) == [0.0, 0.9]
 
 
-def test_more_bytes_never_mean_more_error():
+def test_the_error_is_the_least_that_there_is_and_falls_with_more_bytes():
     generator = torch.Generator().manual_seed(0)
-    for _ in range(30):
+    for _ in range(10):
         items = []
-        for index in range(6):
-            size, error = torch.rand(4, generator=generator).cumsum(0), torch.rand(4, generator=generator)
-            options = [Option(float(i), s.item(), e.item()) for i, (s, e) in enumerate(zip(size, error, strict=True))]
-            items.append(Item([str(index)], options, between=index % 2 == 0))
-        before = float("inf")
-        for spare in torch.linspace(3, 16, 40).tolist():
-            error = sum(at(item, value) for item, value in zip(items, solve(items, spare), strict=True))
-            assert error <= before + 1e-9
+        for index in range(4):
+            sizes = torch.randint(50, (4,), generator=generator).cumsum(0).tolist()
+            errors = torch.rand(4, generator=generator).tolist()
+            items.append(item(str(index), *zip((0.9, 0.6, 0.3, 0.0), sizes, errors, strict=True)))
+        least = sum(each.options[0].nbytes for each in items)
+        plan, before = Plan(items), float("inf")
+        for spare in torch.linspace(0, 400, 30).tolist():
+            setting = plan.setting(spare)
+            taken = [next(o for o in each.options if o.choice == setting[each.names[0]]) for each in items]
+            assert sum(option.nbytes for option in taken) <= least + spare
+            error = sum(option.error for option in taken)
+            assert error <= before
+            # The bytes are counted in cells, of which each option may waste a part of one.
+            room = least + spare - len(items) * plan.span / 10_000
+            every = (options for options in product(*(each.options for each in items)))
+            fits = [sum(o.error for o in options) for options in every if sum(o.nbytes for o in options) <= room]
+            assert not fits or error <= min(fits) + 1e-12
             before = error
 
 
-def at(item, value):
-    """The error of a value, between those of the hull's options."""
-    hull = item.hull()
-    for a, b in pairwise(hull):
-        if min(a.value, b.value) <= value <= max(a.value, b.value):
-            return a.error + (b.error - a.error) * (value - a.value) / (b.value - a.value)
-    return hull[0].error
+def test_a_plan_for_nothing():
+    assert Plan([]).setting(10) == {}
+    assert chosen([item("a", (0.5, 7, 1.0))], 0) == [0.5]
 
 
 class Net(nn.Module):
@@ -116,7 +123,7 @@ def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
     budget = int(part * held(plain, x))
     ours = dropit.to_dropit(copy.deepcopy(plain), budget=budget, example_input=x, loss_fn=loss_fn)
     size = held(ours, x)
-    assert 0.9 * budget <= size <= budget
+    assert 0.85 * budget <= size <= budget  # a layer or two of so few make up the rest
     error = (gradient(ours, x, loss_fn) - exact).norm()
     for compress in ("lossless", "int8", "int4"):
         for gamma in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
