@@ -66,15 +66,17 @@ def to_dropit(
     torch.int8 with a scale for each 64 of them ("bf16" and "int8" will do). None stores them as they are.
     compress: how the other layers keep what they keep: "none", as PyTorch does; "lossless", with the same gradients
     bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go; "int8" or
-    "int4", beyond that in eight or four bits what normalization, smooth activations and attention keep.
+    "int4", beyond that in eight or four bits what normalization, smooth activations and attention keep; a layer that
+    reads the output of one of these then stores nothing and drops nothing, whatever ``gamma`` is.
     stochastic: with "int8" and "int4", round up or down at random, by how near, and not to the nearest.
     filter_fn(module, fqn): which layers to convert.
     seed: for "random", "random_c" and stochastic rounding, their own random numbers instead of PyTorch's.
 
     budget: bytes, or text such as "4 GiB", that a forward pass of ``example_input`` may hold for backward. Each layer's
-    gamma, in [gamma_min, gamma_max], and its bits are then chosen so that it fits and the gradient errs least, and
-    ``gamma`` and ``compress`` are not asked. A few steps are taken to measure that, with ``loss_fn`` of the output (if
-    None the mean of its squares, or a Hugging Face output's own loss), and the model's state is left as it was.
+    gamma, in [gamma_min, gamma_max], whether it stores its values in int8 (or in ``value_dtype``, if given), and its
+    bits are then chosen so that it fits and the gradient errs least; ``gamma`` and ``compress`` are not asked. Some 16
+    steps are taken to measure that, with ``loss_fn`` of the output (if None the mean of its squares, or a Hugging Face
+    output's own loss), and the model's state is left as it was.
     example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
 
     Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
