@@ -14,9 +14,8 @@ from collections.abc import Callable
 
 import torch
 import torchvision
-from published import to_published
+from methods import methods
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import dropit
 from dropit.training.models import build_model
@@ -30,43 +29,6 @@ ROWS = {
     "ConvNeXt-T, 224 x 224": ("convnext_tiny", 224, "imagenet"),
     "ViT-B/16, 224 x 224": ("vit_b_16", 224, "imagenet"),
 }
-BLOCKS = (
-    torchvision.models.resnet.BasicBlock,
-    torchvision.models.resnet.Bottleneck,
-    torchvision.models.convnext.CNBlock,
-    torchvision.models.vision_transformer.EncoderBlock,
-)
-
-
-def checkpointed(model: nn.Module) -> nn.Module:
-    """Recompute each block in backward. By the reentrant form, whose saved inputs autograd's hooks see."""
-    for module in model.modules():
-        if isinstance(module, BLOCKS):
-            inner = module.forward
-            module.forward = lambda x, f=inner: checkpoint(f, x, use_reentrant=True)  # type: ignore[method-assign]
-    return model
-
-
-def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile, allowed half of the memory that it would take to recompute nothing."""
-    torch._functorch.config.activation_memory_budget = 0.5  # type: ignore[attr-defined]
-    model.compile()
-    return model
-
-
-def methods(strategy: str, gamma: float, *, with_compiled: bool) -> dict[str, Callable[[nn.Module], nn.Module]]:
-    """The table's columns."""
-    ours = {
-        compress: lambda model, compress=compress: dropit.to_dropit(model, strategy, gamma, compress=compress)
-        for compress in ("lossless", "int8", "int4")
-    }
-    return {
-        "plain": lambda model: model,
-        "checkpointing": checkpointed,
-        **({"compiled, half": compiled} if with_compiled else {}),
-        "published scheme": lambda model: to_published(model, gamma),
-        **ours,
-    }
 
 
 def held(model: nn.Module, images: Tensor, *, autocast: bool) -> float:

@@ -60,7 +60,7 @@ def to_dropit(
     """Make the layers of ``model`` keep only part of their input for the backward pass. In place; returns the model.
 
     strategy: a name in ``dropit.STRATEGIES``. gamma: the fraction of the elements that is dropped, in [0, 1).
-    block_size: elements in one block of "fastmink" (16384 if None).
+    block_size: elements in one block of "fastmink"; None for 256, or for one block if there are 16,384 or fewer.
     per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty the others.
     value_dtype: what the kept elements are stored in where it is narrower than the input's dtype: torch.bfloat16, or
     torch.int8 with a scale for each 64 of them ("bf16" and "int8" will do). None stores them as they are.

@@ -19,6 +19,7 @@ class Layout(NamedTuple):
     dtype: torch.dtype
     order: tuple[int, ...]  # dimensions, outermost in memory first; (0, 2, 3, 1) is channels_last
     channel_dim: int | None = None  # where whole channels are kept, instead of elements
+    per_block: int | None = None  # where as many are kept of each whole block of 256 elements: how many
 
     @property
     def numel(self) -> int:
@@ -36,7 +37,8 @@ class Packed(NamedTuple):
 
     - bits, (ceil(n / 8),): element 8 i + j of the dense tensor in bit j of byte i, set where the element is kept;
     - offsets, (2 b + k,): of each of the b = ceil(n / 256) blocks of 256 elements how many are kept (int16), then of
-      each kept element its place in its block. Smaller where less than 1/8 - 1/128 of the elements is kept.
+      each kept element its place in its block. Smaller where less than 1/8 - 1/128 of the elements is kept. Where the
+      layout says how many are kept ``per_block``, the counts are left out: (k,).
 
     Where whole channels are kept, ``values`` has the tensor's shape but for k channels, and ``positions`` a bit
     per channel.
@@ -73,10 +75,14 @@ def is_dense_in_memory(x: Tensor) -> bool:
     return x.permute(memory_order(x)).is_contiguous()
 
 
-def packed_nbytes(n: int, kept: int, dtype: torch.dtype) -> int:
+def packed_nbytes(n: int, kept: int, dtype: torch.dtype, per_block: int | None = None) -> int:
     """Bytes that ``kept`` of ``n`` elements take when packed with values in ``dtype``."""
-    positions = min(bits_nbytes(n), offsets_nbytes(n, kept)) if kept < n else 0
-    return values_nbytes(kept, dtype) + positions
+    return values_nbytes(kept, dtype) + (positions_nbytes(n, kept, per_block) if kept < n else 0)
+
+
+def positions_nbytes(n: int, kept: int, per_block: int | None = None) -> int:
+    """Bytes of the positions of ``kept`` of ``n`` elements, in the smaller encoding."""
+    return min(bits_nbytes(n), offsets_nbytes(n, kept) if per_block is None else kept)
 
 
 def channels_nbytes(x: Tensor, channel_dim: int, kept: int, dtype: torch.dtype) -> int:

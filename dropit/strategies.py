@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dropit import ops
 from dropit.packed import (
+    OFFSET_BLOCK,
     Layout,
     Packed,
     channels_nbytes,
@@ -25,6 +26,7 @@ from dropit.packed import (
     packed_nbytes,
 )
 
+_ONE_BLOCK = 16384  # elements
 _PACKABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -75,7 +77,7 @@ class ElementStrategy(Strategy):
 
     def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
         """Values and positions."""
-        return packed_nbytes(x.numel(), self._total(x, batch_dim), dtype)
+        return packed_nbytes(x.numel(), self._total(x, batch_dim), dtype, self._per_block(x, batch_dim))
 
     def count(self, n: int) -> int:
         """How many of ``n`` elements are kept."""
@@ -84,6 +86,10 @@ class ElementStrategy(Strategy):
     @abstractmethod
     def select(self, rows: Tensor) -> Tensor:
         """Mark what to keep of each row (r, n): bool of the same shape with exactly ``count(n)`` set in each."""
+
+    def _per_block(self, x: Tensor, batch_dim: int) -> int | None:
+        """How many are kept of each block of OFFSET_BLOCK elements, where that is known beforehand."""
+        return None
 
     def _samples(self, x: Tensor, batch_dim: int) -> int:
         return x.shape[batch_dim] if self.per_sample and x.dim() > 1 else 1
@@ -105,17 +111,28 @@ class MinK(ElementStrategy):
 
     def select(self, rows: Tensor) -> Tensor:
         """Mark the largest of all; of equal ones, the first."""
-        return ops.topk_mask(ops.magnitude(rows), self.count(rows.shape[1]))
+        return ops.largest_mask(rows, rows.shape[1], self.count(rows.shape[1]), 0)
+
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
+        if self._samples(x, batch_dim) > 1:
+            return super()._pack(x, channel_dim, batch_dim, value_dtype)
+        flat, layout = flatten(x)
+        return ops.pack_largest(flat, len(flat), self.count(len(flat)), 0, layout, value_dtype)
 
 
 @dataclass(frozen=True)
 class FastMinK(ElementStrategy):
-    """Drop the smallest by magnitude of each block of ``block_size`` elements, and of the shorter one at the end."""
+    """Drop the smallest by magnitude of each block of ``block_size`` elements, and of the shorter one at the end.
 
-    block_size: int = 16384
+    None: blocks of 256, which are the fastest, and as good as longer ones; a tensor of up to 16,384 elements is one.
+    """
+
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.block_size is None:
+            return
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int):
             raise TypeError(f"block_size must be an integer, got {self.block_size!r}")
         if self.block_size < 1:
@@ -123,20 +140,31 @@ class FastMinK(ElementStrategy):
 
     def count(self, n: int) -> int:
         """How many are kept: the share of each whole block and of the rest."""
-        blocks, rest = divmod(n, self.block_size)
-        return blocks * self._share(self.block_size) + (self._share(rest) if rest else 0)
+        size, share, rest = self._form(n)
+        return n // size * share + rest
 
     def select(self, rows: Tensor) -> Tensor:
         """Mark the largest of each block; of equal ones, the first."""
-        score = ops.magnitude(rows)
-        whole = rows.shape[1] // self.block_size * self.block_size
-        parts = []
-        if whole:
-            blocks = score[:, :whole].reshape(-1, self.block_size)
-            parts.append(ops.topk_mask(blocks, self._share(self.block_size)).view(-1, whole))
-        if whole < rows.shape[1]:
-            parts.append(ops.topk_mask(score[:, whole:], self._share(rows.shape[1] - whole)))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return ops.largest_mask(rows, *self._form(rows.shape[1]))
+
+    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
+        samples = self._samples(x, batch_dim)
+        form = self._form(x.numel() // samples)
+        if form[2] and samples > 1:  # each sample has a rest
+            return super()._pack(x, channel_dim, batch_dim, value_dtype)
+        flat, layout = flatten(x, outermost=batch_dim if samples > 1 else None)
+        layout = layout._replace(per_block=self._per_block(x, batch_dim))
+        return ops.pack_largest(flat, *form, layout, value_dtype)
+
+    def _per_block(self, x: Tensor, batch_dim: int) -> int | None:
+        samples = self._samples(x, batch_dim)
+        size, share, rest = self._form(x.numel() // samples)
+        return share if size == OFFSET_BLOCK and not (rest and samples > 1) else None
+
+    def _form(self, n: int) -> tuple[int, int, int]:
+        """Block size, and how many are kept of each whole block and of what is left of ``n``."""
+        size = self.block_size or (OFFSET_BLOCK if n > _ONE_BLOCK else n)
+        return size, self._share(size), self._share(n % size) if n % size else 0
 
 
 @dataclass(frozen=True)

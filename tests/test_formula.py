@@ -12,7 +12,7 @@ import dropit
 from dropit.layers import plain_type
 from dropit.training.models import build_model
 
-GAMMA, BLOCK = 0.9, 16384
+GAMMA, BLOCK = 0.9, 256
 
 
 def vit():
@@ -34,13 +34,15 @@ NETS = {
 
 
 def packed(x):
-    """Values in float32, and the smaller of bits and offsets; every block of 16384 rounds for itself."""
+    """Values in float32, and the smaller of bits and offsets; every block of 256 rounds for itself."""
     n = x.numel()
     if n == 0:
         return 0
-    sizes = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
+    blocks = n > 16384
+    sizes = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0) if blocks else [n]
     kept = sum(max(1, round(size * (1 - GAMMA))) for size in sizes)
-    return min(4 * kept + min(math.ceil(n / 8), 2 * math.ceil(n / 256) + kept), 4 * n)
+    counts = 0 if blocks else 2 * math.ceil(n / 256)
+    return min(4 * kept + min(math.ceil(n / 8), counts + kept), 4 * n)
 
 
 def attention(x, y):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
     "dropit.tracing": set(),
     "dropit.packed": set(),
-    "dropit.ops": {"dropit.packed"},
+    "dropit.ops": {"dropit.packed", "dropit.tracing"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
     "dropit.stored": {"dropit.packed", "dropit.ops", "dropit.tracing"},
     "dropit.packer": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.stored", "dropit.tracing"},

@@ -170,7 +170,7 @@ def test_dropping_lowers_what_a_vit_holds_by_what_is_not_stored():
     # Of each: the values, a byte of offset for each, and a count of two bytes for each 256 elements.
     saved = sum(times * (4 * n - (5 * round(n / 10) + n // 128)) for n, times in let_go.items())
     saved += 4 * tokens * 64 - (5 * 51 + 4)  # the head sees 8 of 8 x 17 tokens, and held all
-    # Blocks of 16384 round once each.
+    # Blocks round for themselves.
     assert plain.total_bytes - ours.total_bytes == pytest.approx(saved, abs=4 * 10)
     assert ours.by_operator()["DropITLinear"] > 0
     del y, z

@@ -128,7 +128,7 @@ def test_a_copy_has_the_strategy_and_a_memory_of_its_own(duplicate):
     other = duplicate(packer)
     assert other.strategy == packer.strategy
     assert other.pack(x, x).values is not packed.values
-    assert repr(other) == "FastMinK(gamma=0.8, per_sample=False, block_size=16384)"
+    assert repr(other) == "FastMinK(gamma=0.8, per_sample=False, block_size=None)"
 
 
 def test_the_layers_of_a_copied_model_still_share():

@@ -52,7 +52,7 @@ def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False, sampl
 def convert(model: nn.Module, cfg: CfgNode, sample: Batch | None = None) -> None:
     """Swap the layers that DROPIT names."""
     budget = _budget(model, cfg, sample) if cfg.DROPIT.BUDGET_MB and sample is not None else {}
-    blocks = {"block_size": cfg.DROPIT.D} if cfg.DROPIT.STRATEGY == "fastmink" else {}
+    block_size = cfg.DROPIT.D if cfg.DROPIT.D and cfg.DROPIT.STRATEGY == "fastmink" else None
     skipped = cfg.DROPIT.SKIP
 
     def wanted(module: nn.Module, fqn: str) -> bool:
@@ -66,7 +66,7 @@ def convert(model: nn.Module, cfg: CfgNode, sample: Batch | None = None) -> None
             compress=cfg.DROPIT.COMPRESS,
             value_dtype=cfg.DROPIT.VALUE_DTYPE or None,
             filter_fn=wanted,
-            **blocks,
+            block_size=block_size,
             **budget,
         )
     except ValueError as error:

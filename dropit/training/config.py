@@ -67,8 +67,8 @@ def defaults() -> CfgNode:
     cfg.DROPIT.STRATEGY = "fastmink"
     # Fraction of the elements that is dropped, in [0, 1)
     cfg.DROPIT.GAMMA = 0.9
-    # Elements in a block of fastmink
-    cfg.DROPIT.D = 16384
+    # Elements in a block of fastmink; 0 for blocks of 256, and one block where there are no more than 16384
+    cfg.DROPIT.D = 0
     # How layers without a weight keep what they keep: none (as PyTorch does) or lossless (ReLU as bits, ...)
     cfg.DROPIT.COMPRESS = "lossless"
     # What the kept elements are stored in where that is narrower than theirs: bf16, int8, or "" for no other
@@ -163,7 +163,7 @@ CHECKS: dict[str, Check] = {
     "DROPIT.GAMMA_MAX": ("in [0, 1)", lambda value: 0 <= value < 1),
     "DROPIT.BUDGET_MB": NOT_NEGATIVE,
     "DROPIT.PROBE_EVERY": NOT_NEGATIVE,
-    "DROPIT.D": POSITIVE,
+    "DROPIT.D": NOT_NEGATIVE,
     "DATALOADER.NUM_WORKERS": NOT_NEGATIVE,
     "SOLVER.BATCH_SIZE": POSITIVE,
     "SOLVER.LR": ("above 0", lambda value: 0 < value < float("inf")),

@@ -1,0 +1,117 @@
+"""NumPy's way gives what the reference gives, bit for bit."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+
+from dropit import ops
+from dropit.ops import cpu, reference
+from dropit.packed import flatten
+from dropit.strategies import FastMinK, MinK
+
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def bits_of(x):
+    return x.view(reference.INTEGER_OF_SIZE[x.element_size()]) if x.is_floating_point() else x
+
+
+def same(first, second):
+    assert first.layout == second.layout
+    for a, b in zip(first[:3], second[:3], strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(bits_of(a), bits_of(b))
+
+
+def awkward(rng, n, dtype):
+    """Numbers with ties, zeros, NaN and Inf among them."""
+    x = torch.from_numpy(rng.standard_normal(n)).to(dtype)
+    if rng.random() < 0.5:
+        x = (x * 2).round() / 2
+    where = torch.from_numpy(rng.random(n) < rng.choice([0, 0.01, 0.5]))
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-7, 65504.0]).to(dtype)
+    x[where] = special[torch.from_numpy(rng.integers(len(special), size=int(where.sum())))]
+    return x
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_random_arrays(dtype, seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    monkeypatch.setattr(cpu, "_PIECE", int(rng.choice([256, 1024, 2**18])))
+    for _ in range(40):
+        n, block_size = int(rng.integers(1, 5000)), int(rng.choice([1, 7, 100, 256, 300, 1024, 6000]))
+        rest = n % block_size
+        count, rest_count = int(rng.integers(1, block_size + 1)), int(rng.integers(1, rest + 1)) if rest else 0
+        flat, layout = flatten(awkward(rng, n, dtype))
+        if block_size == 256 and rng.random() < 0.5:
+            layout = layout._replace(per_block=count)
+        arguments = (flat, block_size, count, rest_count, layout)
+        packed, expected = cpu.pack_largest(*arguments), reference.pack_largest(*arguments)
+        same(packed, expected)
+        dense, expected_dense = ops.unpack(packed), reference.unpack(packed)
+        assert torch.equal(bits_of(dense), bits_of(expected_dense))
+        assert dense.stride() == expected_dense.stride()
+
+
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8])
+def test_narrower_values(value_dtype):
+    flat, layout = flatten(torch.randn(3000))
+    arguments = (flat, 256, 60, 30, layout, value_dtype)
+    packed = cpu.pack_largest(*arguments)
+    same(packed, reference.pack_largest(*arguments))
+    assert torch.equal(cpu.unpack(packed), reference.unpack(packed))
+
+
+@pytest.mark.parametrize("strategy", [FastMinK(0.9), FastMinK(0.5), FastMinK(0.9, block_size=1000), MinK(0.9)], ids=str)
+def test_several_pieces_and_threads_change_nothing(strategy, monkeypatch):
+    x = torch.randn(3 * cpu._PIECE // 64 + 17).round(decimals=2)
+    monkeypatch.setattr(cpu, "_PIECE", 4096)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 4):
+        torch.set_num_threads(count)
+        packed = strategy.pack(x)
+        results.append((packed, ops.unpack(packed)))
+    torch.set_num_threads(threads)
+    for packed, dense in results[1:]:
+        same(packed, results[0][0])
+        assert torch.equal(dense, results[0][1])
+
+
+def test_it_is_what_strategies_use_and_a_machine_without_numpy_the_reference(monkeypatch):
+    x = torch.randn(5000)
+    expected = FastMinK(0.7).pack(x)
+    for chosen, other in ((cpu, reference), (reference, cpu)):
+        monkeypatch.setattr("dropit.ops._HAS_NUMPY", chosen is cpu)
+        with monkeypatch.context() as patched:
+            for name in ("pack_largest", "unpack"):
+                patched.setattr(other, name, None)
+            packed = FastMinK(0.7).pack(x)
+            dense = ops.unpack(packed)
+        same(packed, expected)
+        assert torch.equal(dense, torch.where(FastMinK(0.7).select(x[None])[0], x, 0))
+
+
+def test_several_threads_may_pack_at_once(monkeypatch):
+    monkeypatch.setattr(cpu, "_PIECE", 1024)
+    xs = [torch.randn(20_000) for _ in range(8)]
+    expected = [FastMinK(0.9).pack(x) for x in xs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, packed in zip(pool.map(FastMinK(0.9).pack, xs), expected, strict=True):
+            same(got, packed)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_packs_too(monkeypatch):
+    monkeypatch.setattr(cpu, "_PIECE", 1024)
+    x = torch.randn(20_000)
+    FastMinK(0.9).pack(x)
+    process = os.fork()
+    if process == 0:
+        cpu._in_threads(lambda start: None, [(0,), (1,)])
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
