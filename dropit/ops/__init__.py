@@ -1,30 +1,29 @@
 """What packing and unpacking are made of. ``reference`` is the specification, in plain PyTorch, on any device.
 
-Where another module has a faster way to the same result, the function here takes it, by the tensor's device.
+Where another module has a faster way to the same result, the functions here take it, by the tensor's device.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dropit.ops import reference
 from dropit.ops.reference import (
-    dequantize,
     largest_mask,
     magnitude,
     pack,
     pack_bits,
     pack_channels,
     pack_small,
-    quantize,
     topk_mask,
     unpack_bits,
     unpack_small,
 )
-from dropit.packed import Layout, Packed, bits_nbytes
+from dropit.packed import Layout, Packed
 from dropit.tracing import is_traced
 
 __all__ = [
@@ -42,7 +41,22 @@ __all__ = [
     "unpack_bits",
     "unpack_small",
 ]
-_HAS_NUMPY = importlib.util.find_spec("numpy") is not None  # PyTorch works without it
+# PyTorch works without either.
+_HAS_NUMPY = importlib.util.find_spec("numpy") is not None
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _best(x: Tensor) -> Any:
+    """The module whose functions are the fastest for ``x``."""
+    if x.is_cuda and _HAS_TRITON and (torch.compiler.is_compiling() or not is_traced()):
+        from dropit.ops import triton
+
+        return triton
+    if x.device.type == "cpu" and _HAS_NUMPY and not is_traced():
+        from dropit.ops import cpu
+
+        return cpu
+    return reference
 
 
 def pack_largest(
@@ -54,23 +68,19 @@ def pack_largest(
     value_dtype: torch.dtype | None = None,
 ) -> Packed:
     """Keep of ``flat`` (n,) the largest by magnitude, ``count`` of each block, ``rest_count`` of what is left."""
-    if _is_for_numpy(flat):
-        from dropit.ops import cpu
-
-        return cpu.pack_largest(flat, block_size, count, rest_count, layout, value_dtype)
-    return reference.pack_largest(flat, block_size, count, rest_count, layout, value_dtype)
+    return _best(flat).pack_largest(flat, block_size, count, rest_count, layout, value_dtype)  # type: ignore[no-any-return]
 
 
 def unpack(packed: Packed) -> Tensor:
     """The dense tensor: kept elements at their positions, zeros elsewhere; the order in memory is the original's."""
-    layout, positions = packed.layout, packed.positions
-    in_bits = positions is not None and positions.numel() == bits_nbytes(layout.numel)
-    if in_bits and layout.channel_dim is None and _is_for_numpy(packed.values):
-        from dropit.ops import cpu
-
-        return cpu.unpack(packed)
-    return reference.unpack(packed)
+    return _best(packed.values).unpack(packed)  # type: ignore[no-any-return]
 
 
-def _is_for_numpy(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _HAS_NUMPY and not is_traced()
+def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each group of 64 elements as 8- or 4-bit steps, and its scale: :func:`dropit.ops.reference.quantize`."""
+    return _best(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
+
+
+def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+    """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``."""
+    return _best(steps).dequantize(steps, scales, dtype, n)  # type: ignore[no-any-return]

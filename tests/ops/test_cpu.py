@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import dropit
 from dropit import ops
 from dropit.ops import cpu, reference
 from dropit.packed import flatten
@@ -81,18 +82,43 @@ def test_several_pieces_and_threads_change_nothing(strategy, monkeypatch):
         assert torch.equal(dense, results[0][1])
 
 
-def test_it_is_what_strategies_use_and_a_machine_without_numpy_the_reference(monkeypatch):
+@pytest.mark.parametrize("has_numpy", [True, False])
+def test_it_is_what_strategies_use_and_a_machine_without_numpy_the_reference(has_numpy, monkeypatch):
     x = torch.randn(5000)
     expected = FastMinK(0.7).pack(x)
-    for chosen, other in ((cpu, reference), (reference, cpu)):
-        monkeypatch.setattr("dropit.ops._HAS_NUMPY", chosen is cpu)
-        with monkeypatch.context() as patched:
-            for name in ("pack_largest", "unpack"):
-                patched.setattr(other, name, None)
-            packed = FastMinK(0.7).pack(x)
-            dense = ops.unpack(packed)
-        same(packed, expected)
-        assert torch.equal(dense, torch.where(FastMinK(0.7).select(x[None])[0], x, 0))
+    monkeypatch.setattr(ops, "_HAS_NUMPY", has_numpy)
+    called = []
+    for module in (cpu, reference):
+        for name in ("pack_largest", "unpack"):
+            function = getattr(module, name)
+            record = lambda *given, at=module, f=function: called.append(at) or f(*given)  # noqa: E731
+            monkeypatch.setattr(module, name, record)
+    packed = FastMinK(0.7).pack(x)
+    dense = ops.unpack(packed)
+    same(packed, expected)
+    assert torch.equal(dense, torch.where(FastMinK(0.7).select(x[None])[0], x, 0))
+    assert set(called) == {cpu if has_numpy else reference}
+
+
+def test_training_is_the_same_for_fifty_steps(monkeypatch):
+    curves = []
+    for has_numpy in (True, False):
+        monkeypatch.setattr(ops, "_HAS_NUMPY", has_numpy)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.ReLU(), torch.nn.Linear(300, 10))
+        dropit.to_dropit(model, gamma=0.8)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        x, y = torch.randn(256, 64), torch.randint(10, (256,))
+        losses = []
+        for _ in range(50):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == curves[1]
+    assert curves[0][-1] < 0.8 * curves[0][0]
 
 
 def test_several_threads_may_pack_at_once(monkeypatch):

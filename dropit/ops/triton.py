@@ -1,0 +1,283 @@
+"""The operations as Triton kernels: the same results as ``reference``, bit for bit, for tensors on a GPU.
+
+Each reads its input once and writes its output once; no sort, and nothing in between goes through memory. Imported
+when a tensor on a GPU asks for it. ``TRITON_INTERPRET=1`` runs the kernels on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from dropit.ops import reference
+from dropit.packed import OFFSET_BLOCK, SCALE_GROUP, Layout, Packed, bits_nbytes, positions_nbytes, unflatten
+
+_BLOCK = tl.constexpr(OFFSET_BLOCK)
+_GROUP = tl.constexpr(SCALE_GROUP)
+# Rows of 256 elements, or of 64, that one program works on: few configurations, as each is compiled and timed.
+_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows, warps in ((4, 4), (8, 4), (16, 8))]
+if triton.knobs.runtime.interpret:
+    del _CONFIGS[1:]  # there is nothing to time
+
+
+@triton.autotune(_CONFIGS, key=["BITS"])
+@triton.jit
+def _pack_blocks(
+    source, values, positions, n, k, rest_k, nbytes, BITS: tl.constexpr, IN_BITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Of each block of 256 integers, the bits of floats: the ``k`` largest magnitudes and where they are."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _BLOCK)
+    at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
+    x = tl.load(source + at, mask=at < n, other=0)
+    wide = x.to(tl.int64) if BITS == 64 else x.to(tl.int32)
+    one = tl.full((ROWS,), 1, wide.dtype)
+    score = tl.where(at < n, wide & ((one << (BITS - 1)) - 1)[:, None], -1)
+    here = tl.where((rows.to(tl.int64) + 1) * _BLOCK <= n, k, rest_k)
+    # The k-th largest, from its highest bit to its lowest.
+    threshold = tl.zeros((ROWS,), wide.dtype)
+    for bit in tl.static_range(BITS - 2, -1, -1):
+        higher = threshold | (one << bit)
+        count = tl.sum((score >= higher[:, None]).to(tl.int32), axis=1)
+        threshold = tl.where(count >= here, higher, threshold)
+    above = score > threshold[:, None]
+    tied = score == threshold[:, None]
+    missing = here - tl.sum(above.to(tl.int32), axis=1)
+    kept = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= missing[:, None]))
+    place = rows.to(tl.int64)[:, None] * k + tl.cumsum(kept.to(tl.int32), axis=1) - 1
+    tl.store(values + place, x, mask=kept)
+    if IN_BITS:
+        weights = (kept.to(tl.int32) << (columns % 8)[None, :]).reshape(ROWS, _BLOCK // 8, 8)
+        byte = rows.to(tl.int64)[:, None] * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
+        tl.store(positions + byte, tl.sum(weights, axis=2).to(tl.uint8), mask=byte < nbytes)
+    else:
+        tl.store(positions + place, tl.broadcast_to(columns[None, :], (ROWS, _BLOCK)).to(tl.uint8), mask=kept)
+
+
+@triton.autotune(_CONFIGS, key=["IN_BITS"])
+@triton.jit
+def _unpack_blocks(
+    values, positions, starts, dense, n, k, COUNTED: tl.constexpr, IN_BITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Blocks of 256 elements, zeros but for those kept: ``k`` of each or, where COUNTED, from one start to the next."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _BLOCK)
+    at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
+    inside = at < n
+    if COUNTED:
+        first = tl.load(starts + rows, mask=rows.to(tl.int64) * _BLOCK < n, other=0)
+        last = tl.load(starts + rows + 1, mask=rows.to(tl.int64) * _BLOCK < n, other=0)
+    else:
+        first = rows.to(tl.int64) * k
+        last = tl.minimum(first + k, tl.load(starts))  # how many there are in all
+    if IN_BITS:
+        byte = tl.load(positions + at // 8, mask=inside, other=0).to(tl.int32)
+        kept = ((byte >> (columns % 8)[None, :]) & 1) != 0
+        place = first[:, None] + tl.cumsum(kept.to(tl.int32), axis=1) - 1
+        tl.store(dense + at, tl.load(values + place, mask=kept, other=0), mask=inside)
+    else:
+        tl.store(dense + at, tl.zeros((ROWS, _BLOCK), values.dtype.element_ty), mask=inside)
+        tl.debug_barrier()
+        place = first[:, None] + columns[None, :]
+        kept = place < last[:, None]
+        offset = tl.load(positions + place, mask=kept, other=0).to(tl.int64)
+        here = rows.to(tl.int64)[:, None] * _BLOCK + offset
+        tl.store(dense + here, tl.load(values + place, mask=kept, other=0), mask=kept)
+
+
+@triton.jit
+def _to_bfloat16(x):
+    """Rounded to the nearest, as PyTorch does: what casting alone does differs between backends."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.autotune(_CONFIGS, key=["BITS"])
+@triton.jit
+def _quantize_groups(
+    source, noise, steps, scales, n, tiny, NOISY: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Groups of 64 elements as multiples of a scale."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = rows.to(tl.int64)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
+    x = tl.load(source + at, mask=at < n, other=0)
+    wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
+    top = 127 if BITS == 8 else 7
+    magnitude = tl.abs(wide)
+    odd = tl.sum((magnitude != magnitude).to(tl.int32), axis=1) > 0  # a maximum may leave NaN out
+    largest = tl.where(odd, float("nan"), tl.max(tl.where(magnitude == magnitude, magnitude, 0), axis=1))
+    least = tl.zeros_like(largest) + tiny
+    scale = _to_bfloat16(tl.where(largest / top < least, least, largest / top).to(tl.float32))
+    tl.store(scales + rows, scale, mask=rows.to(tl.int64) * _GROUP < n)
+    quotient = wide / scale.to(wide.dtype)[:, None]
+    if NOISY:
+        rounded = tl.floor(quotient + tl.load(noise + at, mask=at < n, other=0).to(wide.dtype))
+    else:
+        # To the nearest, of two equally near to the even one: what this adds leaves no bits for a fraction.
+        shift = 6755399441055744.0 if wide.dtype == tl.float64 else 12582912.0
+        rounded = (quotient + shift) - shift
+    bounded = tl.minimum(tl.maximum(rounded, -top), top)
+    whole = tl.where(rounded == rounded, bounded, 0).to(tl.int32)  # Inf by Inf is no number
+    if BITS == 8:
+        tl.store(steps + at, whole.to(tl.int8), mask=at < n)
+    else:
+        pairs = tl.where(at < n, whole + 8, 0).reshape(ROWS, _GROUP // 2, 2)
+        shifts = tl.arange(0, 2)[None, None, :] * 4
+        byte = rows.to(tl.int64)[:, None] * (_GROUP // 2) + tl.arange(0, _GROUP // 2)[None, :]
+        tl.store(steps + byte, tl.sum(pairs << shifts, axis=2).to(tl.uint8), mask=byte < (n + 1) // 2)
+
+
+@triton.autotune(_CONFIGS, key=["BITS"])
+@triton.jit
+def _dequantize_groups(steps, scales, dense, n, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Steps times scales."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _GROUP)
+    at = rows.to(tl.int64)[:, None] * _GROUP + columns[None, :]
+    if BITS == 8:
+        step = tl.load(steps + at, mask=at < n, other=0).to(tl.int32)
+    else:
+        byte = tl.load(steps + at // 2, mask=at < n, other=0).to(tl.int32)
+        step = ((byte >> (columns % 2 * 4)[None, :]) & 15) - 8
+    scale = tl.load(scales + rows, mask=rows.to(tl.int64) * _GROUP < n, other=0)
+    kind = dense.dtype.element_ty
+    if kind == tl.float64:
+        product = step.to(tl.float64) * scale.to(tl.float64)[:, None]
+    else:
+        # A half-precision scale is rounded to the tensor's type first, as the reference does.
+        product = step.to(tl.float32) * scale.to(kind).to(tl.float32)[:, None]
+    rounded = _to_bfloat16(product) if kind == tl.bfloat16 else product.to(kind)
+    tl.store(dense + at, rounded, mask=at < n)
+
+
+def _programs(rows: int) -> Any:
+    return lambda meta: (triton.cdiv(rows, meta["ROWS"]),)
+
+
+@triton_op("dropit::pack_blocks", mutates_args=())
+def _pack_blocks_op(flat: Tensor, k: int, rest_k: int, in_bits: bool) -> tuple[Tensor, Tensor]:
+    """Values and positions of the largest of each block of 256."""
+    n = flat.numel()
+    total = n // OFFSET_BLOCK * k + rest_k
+    integers = flat.view(reference.INTEGER_OF_SIZE[flat.element_size()])
+    values = torch.empty(total, dtype=integers.dtype, device=flat.device)
+    positions = torch.empty(bits_nbytes(n) if in_bits else total, dtype=torch.uint8, device=flat.device)
+    rows = -(-n // OFFSET_BLOCK)
+    wrap_triton(_pack_blocks)[_programs(rows)](
+        integers, values, positions, n, k, rest_k, len(positions), BITS=8 * flat.element_size(), IN_BITS=in_bits
+    )
+    return values.view(flat.dtype), positions
+
+
+@triton_op("dropit::unpack_blocks", mutates_args=())
+def _unpack_blocks_op(
+    values: Tensor, positions: Tensor, starts: Tensor, n: int, k: int, counted: bool, in_bits: bool
+) -> Tensor:
+    """(n,) with the values in their places. ``starts``: of each block's values, or how many there are in all."""
+    dense = torch.empty(n, dtype=values.dtype, device=values.device)
+    rows = -(-n // OFFSET_BLOCK)
+    wrap_triton(_unpack_blocks)[_programs(rows)](
+        values, positions, starts, dense, n, k, COUNTED=counted, IN_BITS=in_bits
+    )
+    return dense
+
+
+@triton_op("dropit::quantize_groups", mutates_args=())
+def _quantize_op(flat: Tensor, noise: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
+    """Steps and scales."""
+    n = flat.numel()
+    steps = torch.empty(n if bits == 8 else -(-n // 2), dtype=torch.int8 if bits == 8 else torch.uint8).to(flat.device)
+    scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.bfloat16, device=flat.device)
+    wrap_triton(_quantize_groups)[_programs(len(scales))](
+        flat,
+        flat if noise is None else noise,
+        steps,
+        scales,
+        n,
+        torch.finfo(torch.bfloat16).tiny,
+        NOISY=noise is not None,
+        BITS=bits,
+    )
+    return steps, scales
+
+
+@triton_op("dropit::dequantize_groups", mutates_args=())
+def _dequantize_op(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+    """(n,) of ``dtype``."""
+    dense = torch.empty(n, dtype=dtype, device=steps.device)
+    bits = 8 if steps.dtype is torch.int8 else 4
+    wrap_triton(_dequantize_groups)[_programs(len(scales))](steps, scales, dense, n, BITS=bits)
+    return dense
+
+
+def pack_largest(
+    flat: Tensor,
+    block_size: int,
+    count: int,
+    rest_count: int,
+    layout: Layout,
+    value_dtype: torch.dtype | None = None,
+) -> Packed:
+    """As :func:`dropit.ops.reference.pack_largest`, in blocks of 256; others are the reference's."""
+    if block_size != OFFSET_BLOCK or layout.per_block is None:
+        return reference.pack_largest(flat, block_size, count, rest_count, layout, value_dtype)
+    n = flat.numel()
+    rest_count = rest_count if n % block_size else 0
+    total = n // block_size * count + rest_count
+    in_bits = positions_nbytes(n, total, count) == bits_nbytes(n)
+    values, positions = _pack_blocks_op(flat, count, rest_count, in_bits)
+    if value_dtype is None:
+        return Packed(values, positions, None, layout)
+    narrowed, scales = narrow(values, value_dtype)
+    return Packed(narrowed, positions, scales, layout)
+
+
+def unpack(packed: Packed) -> Tensor:
+    """As :func:`dropit.ops.reference.unpack`."""
+    layout, positions, values = packed.layout, packed.positions, packed.values
+    if packed.is_dense or layout.channel_dim is not None:
+        return reference.unpack(packed)
+    if packed.scales is not None:
+        values = dequantize(
+            values, packed.scales, layout.dtype, values.numel() if positions is not None else layout.numel
+        )
+    values = values.to(layout.dtype)
+    if positions is None:
+        return unflatten(values.reshape(-1), layout)
+    n, per_block = layout.numel, layout.per_block
+    in_bits = positions.numel() == bits_nbytes(n)
+    blocks = -(-n // OFFSET_BLOCK)
+    if per_block is not None:
+        starts = torch.full((1,), values.numel(), device=values.device)
+        return unflatten(_unpack_blocks_op(values, positions, starts, n, per_block, False, in_bits), layout)
+    if in_bits:
+        ones = reference.unpack_bits(positions, n).to(torch.uint8)
+        counts = torch.nn.functional.pad(ones, (0, -n % OFFSET_BLOCK)).view(blocks, -1).sum(dim=1)
+    else:
+        counts, positions = positions[: 2 * blocks].view(torch.int16), positions[2 * blocks :]
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return unflatten(_unpack_blocks_op(values, positions, starts, n, 0, True, in_bits), layout)
+
+
+def narrow(values: Tensor, value_dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """As :func:`dropit.ops.reference.narrow`."""
+    if value_dtype is torch.int8 and values.element_size() > 1:
+        return quantize(values)
+    return reference.narrow(values, value_dtype)
+
+
+def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As :func:`dropit.ops.reference.quantize`."""
+    steps, scales = _quantize_op(x.reshape(-1), None if noise is None else noise.reshape(-1), bits)
+    return steps.view(x.shape) if bits == 8 else steps, scales
+
+
+def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+    """As :func:`dropit.ops.reference.dequantize`."""
+    return _dequantize_op(steps.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]

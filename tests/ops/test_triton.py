@@ -1,0 +1,104 @@
+"""The kernels give what the reference gives, bit for bit. Without a GPU Triton's interpreter runs them."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are made
+pytest.importorskip("triton")
+
+from torch import nn
+
+import dropit
+from dropit import ops
+from dropit.ops import reference, triton
+from dropit.packed import flatten
+from tests.ops.test_cpu import awkward, bits_of, same
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("n", [1, 100, 256, 300, 2000, 4096 + 7])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packing_and_unpacking(dtype, n):
+    rng = np.random.default_rng(n)
+    for count in (1, 26, 60, 256):
+        rest = n % 256
+        rest_count = max(1, round(rest * count / 256)) if rest else 0
+        flat, layout = flatten(awkward(rng, n, dtype).to(DEVICE))
+        arguments = (flat, 256, count, rest_count, layout._replace(per_block=count))
+        packed, expected = triton.pack_largest(*arguments), reference.pack_largest(*arguments)
+        same(packed, expected)
+        assert torch.equal(bits_of(triton.unpack(packed)), bits_of(reference.unpack(packed)))
+
+
+@pytest.mark.parametrize("count", [1, 100, 700])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_positions_with_counts_and_in_bits(dtype, count):
+    x = torch.randn(2, 3, 250).to(dtype).to(DEVICE).transpose(1, 2)
+    flat, layout = flatten(x)
+    packed = reference.pack_largest(flat, 1500, count, 0, layout)
+    dense, expected = triton.unpack(packed), reference.unpack(packed)
+    assert torch.equal(dense, expected)
+    assert dense.stride() == expected.stride() == x.stride()
+
+
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8])
+def test_narrower_values(value_dtype):
+    flat, layout = flatten(torch.randn(1000, device=DEVICE))
+    arguments = (flat, 256, 60, 50, layout._replace(per_block=60), value_dtype)
+    packed = triton.pack_largest(*arguments)
+    same(packed, reference.pack_largest(*arguments))
+    assert torch.equal(triton.unpack(packed), reference.unpack(packed))
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("n", [1, 63, 64, 129, 1000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_quantization(dtype, n, bits, noisy):
+    x = (torch.randn(n) * 10 ** torch.linspace(-6, 3, n)).to(dtype).to(DEVICE)
+    x[:: max(1, n // 3)] = 0
+    noise = torch.rand_like(x) if noisy else None
+    steps, scales = triton.quantize(x, bits, noise)
+    expected_steps, expected_scales = reference.quantize(x, bits, noise)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(steps, expected_steps)
+    dense = triton.dequantize(steps, scales, dtype, n)
+    assert torch.equal(dense, reference.dequantize(steps, scales, dtype, n))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+def test_a_group_with_what_is_not_finite_comes_back_as_nan(special, bits):
+    x = torch.randn(200, device=DEVICE)
+    x[70] = special
+    steps, scales = triton.quantize(x, bits)
+    assert torch.equal(scales.isfinite(), reference.quantize(x, bits)[1].isfinite())
+    dense = triton.dequantize(steps, scales, x.dtype, 200)
+    assert torch.equal(dense.isnan(), reference.dequantize(*reference.quantize(x, bits), x.dtype, 200).isnan())
+    assert dense[64:128].isnan().all()
+
+
+def test_training_is_the_same(monkeypatch):
+    curves = []
+    for module in (triton, reference):
+        monkeypatch.setattr(ops, "_best", lambda x, module=module: module)
+        torch.manual_seed(0)
+        layers = [nn.Linear(600, 600), nn.LayerNorm(600), nn.GELU(), nn.Linear(600, 10)]
+        model = dropit.to_dropit(nn.Sequential(*layers), gamma=0.9, compress="int8").to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        x, y = torch.randn(30, 600, device=DEVICE), torch.randint(10, (30,), device=DEVICE)
+        losses = []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
