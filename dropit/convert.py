@@ -63,7 +63,7 @@ def to_dropit(
     block_size: elements in one block of "fastmink"; None for 256, or for one block if there are 16,384 or fewer.
     per_sample: choose within each sample ("fastmink", "mink", "random"), so that a large one cannot empty the others.
     value_dtype: what the kept elements are stored in where it is narrower than the input's dtype: torch.bfloat16, or
-    torch.int8 with a scale for each 64 of them ("bf16" and "int8" will do). None stores them as they are.
+    torch.int8 with a scale for each 32 of them ("bf16" and "int8" will do). None stores them as they are.
     compress: how the other layers keep what they keep: "none", as PyTorch does; "lossless", with the same gradients
     bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go; "int8" or
     "int4", beyond that in eight or four bits what normalization, smooth activations and attention keep; a layer that

@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 
 OFFSET_BLOCK = 256  # elements whose place fits a byte
-SCALE_GROUP = 64  # quantized values that share a scale
+SCALE_GROUP = 32  # quantized values that share a scale
 
 
 class Layout(NamedTuple):
@@ -31,7 +31,7 @@ class Packed(NamedTuple):
     """What is kept of one tensor. One that is kept as it is has ``values`` that are the tensor itself, and no more.
 
     ``values``: (k,), in memory order, in the tensor's dtype or in a narrower one. Those in int8 have ``scales``,
-    (ceil(k / 64),) bfloat16: value i stands for ``values[i] * scales[i // 64]``.
+    (ceil(k / 32), ) bfloat16: value i stands for ``values[i] * scales[i // 32]``.
 
     ``positions``: none where all is kept, or uint8 of the smaller of two encodings:
 

@@ -76,7 +76,7 @@ class Packer:
         return offered(x) or Stored.of(self.quantize(x))
 
     def quantize(self, x: Tensor) -> Packed:
-        """All of ``x``, in ``bits`` bits an element with a scale for each 64, or as it is where that takes no more."""
+        """All of ``x``, in ``bits`` bits an element with a scale for each 32, or as it is where that takes no more."""
         assert self.bits is not None
         if x.numel() * self.bits // 8 + 2 >= x.nbytes or not x.is_floating_point():
             return keep_dense(x)

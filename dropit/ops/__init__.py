@@ -77,7 +77,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Each group of 64 elements as 8- or 4-bit steps, and its scale: :func:`dropit.ops.reference.quantize`."""
+    """Each group of 32 elements as 8- or 4-bit steps, and its scale: :func:`dropit.ops.reference.quantize`."""
     return _best(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
 
 

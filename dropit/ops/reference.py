@@ -202,10 +202,10 @@ def _widen_all(packed: Packed) -> Tensor:
 
 
 def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round each group of 64 elements, in the order of ``x.reshape(-1)``, to equal steps from -max to max.
+    """Round each group of 32 elements, in the order of ``x.reshape(-1)``, to equal steps from -max to max.
 
     ``bits``: 8, for 255 steps, returned as int8 of the shape of ``x``; or 4, for 15, two in a byte: (ceil(n / 2),)
-    uint8. With them bfloat16 scales, (ceil(n / 64),): the precision of a scale does not matter, as the elements are
+    uint8. With them bfloat16 scales, (ceil(n / 32),): the precision of a scale does not matter, as the elements are
     divided by what is stored. A group with NaN or Inf comes back as NaN.
     ``noise``: uniform in [0, 1), of the shape of ``x``, to round stochastically; without it, to the nearest.
     """

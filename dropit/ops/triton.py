@@ -19,7 +19,7 @@ from dropit.packed import OFFSET_BLOCK, SCALE_GROUP, Layout, Packed, bits_nbytes
 
 _BLOCK = tl.constexpr(OFFSET_BLOCK)
 _GROUP = tl.constexpr(SCALE_GROUP)
-# Rows of 256 elements, or of 64, that one program works on: few configurations, as each is compiled and timed.
+# Rows of 256 elements, or of 32, that one program works on: few configurations, as each is compiled and timed.
 _CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows, warps in ((4, 4), (8, 4), (16, 8))]
 if triton.knobs.runtime.interpret:
     del _CONFIGS[1:]  # there is nothing to time
@@ -103,7 +103,7 @@ def _to_bfloat16(x):
 def _quantize_groups(
     source, noise, steps, scales, n, tiny, NOISY: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Groups of 64 elements as multiples of a scale."""
+    """Groups of 32 elements as multiples of a scale."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows.to(tl.int64)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     x = tl.load(source + at, mask=at < n, other=0)

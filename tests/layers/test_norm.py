@@ -103,7 +103,7 @@ def test_what_is_held(name, compress, bits, dtype, memory_format):
     n = x.numel()
     statistics = {"batch 2d": 6, "layer": 45, "group": 12, "rms": 45}[name]
     width = 4 if dtype is torch.float32 or name == "rms" else 2
-    assert meter.total_bytes == -(-n * bits // 8) + 2 * -(-n // 64) + width * statistics
+    assert meter.total_bytes == -(-n * bits // 8) + 2 * -(-n // 32) + width * statistics
     y.sum().backward()
     assert x.grad.dtype == dtype
     assert x.grad.isfinite().all()

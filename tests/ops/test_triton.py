@@ -54,7 +54,7 @@ def test_narrower_values(value_dtype):
 
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("n", [1, 63, 64, 129, 1000])
+@pytest.mark.parametrize("n", [1, 31, 32, 65, 1000])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_quantization(dtype, n, bits, noisy):
     x = (torch.randn(n) * 10 ** torch.linspace(-6, 3, n)).to(dtype).to(DEVICE)
@@ -77,7 +77,7 @@ def test_a_group_with_what_is_not_finite_comes_back_as_nan(special, bits):
     assert torch.equal(scales.isfinite(), reference.quantize(x, bits)[1].isfinite())
     dense = triton.dequantize(steps, scales, x.dtype, 200)
     assert torch.equal(dense.isnan(), reference.dequantize(*reference.quantize(x, bits), x.dtype, 200).isnan())
-    assert dense[64:128].isnan().all()
+    assert dense[64:96].isnan().all()
 
 
 def test_training_is_the_same(monkeypatch):
