@@ -52,7 +52,7 @@ def _best(x: Tensor) -> Any:
         from dropit.ops import triton
 
         return triton
-    if x.device.type == "cpu" and _HAS_NUMPY and not is_traced():
+    if x.device.type == "cpu" and _HAS_NUMPY and (torch.compiler.is_compiling() or not is_traced()):
         from dropit.ops import cpu
 
         return cpu

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 import dropit
 from dropit import ops
@@ -141,3 +142,26 @@ def test_a_forked_process_packs_too(monkeypatch):
         cpu._in_threads(lambda start: None, [(0,), (1,)])
         os._exit(0)
     assert os.waitpid(process, 0)[1] == 0
+
+
+@pytest.mark.parametrize("per_block", [None, 26])
+def test_the_operators_are_what_compilers_take_them_for(per_block):
+    x = torch.randn(700)
+    torch.library.opcheck(cpu._select_op, (x, 256, 26, 19, per_block))
+    values = cpu._select(x, 256, 26, 19, None)[0]
+    bits = reference.pack_bits(reference.largest_mask(x.unsqueeze(0), 256, 26, 19).squeeze(0))
+    torch.library.opcheck(cpu._place_op, (values, bits, 700))
+
+
+def test_compilers_keep_them_whole():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = dropit.to_dropit(torch.nn.Linear(512, 16), gamma=0.5)
+    torch.compile(layer, backend=aot_autograd(fw_compiler=backend), fullgraph=True)(torch.randn(100, 512))
+    names = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
+    assert "dropit.select_on_cpu.default" in names
+    assert not any("sort" in name or "topk" in name for name in names)
