@@ -26,6 +26,43 @@ def make(request):
     return partial(mlp, compress=request.param)
 
 
+IN_PLACE = {
+    "linear": (lambda: nn.Linear(16, 16), [(8, 16), (4, 8, 16), (2, 4, 8, 16), (16,)]),
+    "linear without bias": (lambda: nn.Linear(16, 16, bias=False), [(8, 16), (4, 8, 16)]),
+    "convolution": (lambda: nn.Conv2d(3, 8, 3), [(2, 3, 9, 9), (3, 9, 9)]),
+    "batch norm": (lambda: nn.BatchNorm2d(3), [(2, 3, 9, 9)]),
+    "layer norm": (lambda: nn.LayerNorm(16), [(4, 8, 16), (16,)]),
+    "group norm": (lambda: nn.GroupNorm(2, 4), [(2, 4, 5, 5)]),
+    "rms norm": (lambda: nn.RMSNorm(16), [(4, 8, 16)]),
+    "gelu": (nn.GELU, [(4, 8, 16)]),
+    "relu": (nn.ReLU, [(4, 8, 16)]),
+    "dropout": (lambda: nn.Dropout(0.5), [(4, 8, 16)]),
+    "max pool": (lambda: nn.MaxPool2d(2), [(2, 3, 8, 8), (3, 8, 8)]),
+    "average pool": (lambda: nn.AvgPool1d(2), [(2, 3, 8), (3, 8)]),
+    "attention": (lambda: SelfAttention(batch_first=True), [(2, 5, 16)]),
+    "attention, time first": (lambda: SelfAttention(batch_first=False), [(5, 2, 16), (5, 16)]),
+}
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def __init__(self, batch_first):
+        super().__init__(16, 4, batch_first=batch_first)
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_outputs_may_be_changed_in_place(make, name):
+    """By a ReLU that works in place, or by a residual sum."""
+    layer, shapes = IN_PLACE[name]
+    for shape in shapes:
+        model = dropit.to_dropit(nn.ModuleList([layer(), nn.Linear(2, 2)]), compress=make.keywords["compress"])
+        x = torch.randn(shape, requires_grad=True)
+        output = model[0](x, x, x, need_weights=False)[0] if isinstance(model[0], nn.MultiheadAttention) else model[0](x)
+        output += 1
+        output.relu_()
+        output.sum().backward()
+        assert x.grad.isfinite().all()
+
+
 def gradients_of(model):
     return [parameter.grad.clone() for parameter in model.parameters()]
 

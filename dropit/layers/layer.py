@@ -126,6 +126,11 @@ def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
     return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
 
 
+def no_view(output: Tensor) -> Tensor:
+    """``output``, and not a view of another tensor, as ``F.linear`` makes them: those may not be changed in place."""
+    return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
+
+
 def save_form(ctx: Any, input: Tensor) -> None:
     """Remember the shape and the layout of ``input``, and none of its elements."""
     ctx.input_shape = input.shape

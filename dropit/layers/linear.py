@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, autocast, first_order_only
+from dropit.layers.layer import PackedInputLayer, autocast, first_order_only, no_view
 from dropit.layers.table import register
 from dropit.packer import Packer
 
@@ -28,7 +28,7 @@ class DropITLinearFunction(Function):
         *stored: Tensor | None,
     ) -> Tensor:
         """The plain forward; ``restore(*stored)`` gives the input back, if grad_weight is wanted."""
-        return F.linear(input, weight, bias)
+        return no_view(F.linear(input, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import autocast, first_order_only
+from dropit.layers.layer import autocast, first_order_only, no_view
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
 from dropit.tracing import is_mapped, is_traced
@@ -44,7 +44,7 @@ class DropITScaledDotProductFunction(Function):
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, random: Tensor | None, *parts: Any
     ) -> Tensor:
         """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
-        return form.attend(q, k, v, mask)
+        return no_view(form.attend(q, k, v, mask))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -75,7 +75,7 @@ class DropITAttentionFunction(Function):
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` and ``random`` as above."""
-        return F.linear(_side_by_side(form.attend(q, k, v, mask)), weight, bias)
+        return no_view(F.linear(_side_by_side(form.attend(q, k, v, mask)), weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
