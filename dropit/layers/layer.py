@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.packed import flatten, unflatten
+from dropit.packed import flatten, is_dense_in_memory, memory_order, unflatten
 from dropit.packer import Packer
 from dropit.strategies import Strategy
-from dropit.tracing import is_mapped
+from dropit.tracing import is_mapped, is_traced
 
 
 class DropITLayer(nn.Module):
@@ -85,10 +85,26 @@ def save_mask(ctx: Any, mask: Tensor) -> None:
     ctx.save_for_backward(ops.pack_bits(flat))
 
 
+def save_inside(ctx: Any, x: Tensor, lower: float, upper: float) -> None:
+    """Save where ``x``, of any layout, is neither at or below ``lower`` nor at or above ``upper``, as a mask."""
+    flat, ctx.layout = flatten(x)
+    ctx.save_for_backward(ops.mark_inside(flat, lower, upper))
+
+
 def saved_mask(ctx: Any) -> Tensor:
-    """What :func:`save_mask` saved."""
+    """The mask that was saved."""
     (bits,) = ctx.saved_tensors
     return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
+
+
+def where_saved(ctx: Any, grad: Tensor) -> Tensor:
+    """``grad`` where the mask that was saved is set, zeros elsewhere."""
+    alike = memory_order(grad) == ctx.layout.order and is_dense_in_memory(grad)
+    if torch.is_grad_enabled() or is_traced() or not alike:  # a second derivative is wanted, or more is to be known
+        return torch.where(saved_mask(ctx), grad, 0)
+    (bits,) = ctx.saved_tensors
+    flat, layout = flatten(grad)
+    return unflatten(ops.keep_marked(flat, bits), layout)
 
 
 class _FirstOrderOnly(Function):

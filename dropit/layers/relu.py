@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import LosslessLayer, save_mask, saved_mask
+from dropit.layers.layer import LosslessLayer, save_inside, save_mask, saved_mask, where_saved
 from dropit.layers.table import register
 from dropit.stored import offer, offered
 
@@ -40,15 +40,18 @@ class DropITReLUFunction(Function):
             ctx.mark_dirty(input)
         # The gradient of NaN passes, as PyTorch has it but for hardtanh, where it depends on the place in the tensor,
         # and for a leaky ReLU.
-        passes = output > 0 if ctx.slope else ~(output <= lower)
-        if upper < math.inf:
-            passes &= ~(output >= upper)
-        save_mask(ctx, passes)
+        if ctx.slope:
+            save_mask(ctx, output > 0)
+        else:
+            save_inside(ctx, output, lower, upper)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output where it passes, slope * grad_output elsewhere."""
-        grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope if ctx.slope else 0)
+        if ctx.slope:
+            grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope)
+        else:
+            grad_input = where_saved(ctx, grad_output)
         return grad_input, None, None, None, None
 
 

@@ -28,8 +28,10 @@ from dropit.tracing import is_traced
 
 __all__ = [
     "dequantize",
+    "keep_marked",
     "largest_mask",
     "magnitude",
+    "mark_inside",
     "pack",
     "pack_bits",
     "pack_channels",
@@ -59,6 +61,11 @@ def _best(x: Tensor) -> Any:
     return reference
 
 
+def _best_alone(x: Tensor) -> Any:
+    """The same, where a compiler is left to merge plain PyTorch with what comes before and after."""
+    return reference if is_traced() else _best(x)
+
+
 def pack_largest(
     flat: Tensor,
     block_size: int,
@@ -84,3 +91,13 @@ def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Ten
 def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``."""
     return _best(steps).dequantize(steps, scales, dtype, n)  # type: ignore[no-any-return]
+
+
+def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """Bits of where ``flat`` (n,) lies between ``lower`` and ``upper``: :func:`dropit.ops.reference.mark_inside`."""
+    return _best_alone(flat).mark_inside(flat, lower, upper)  # type: ignore[no-any-return]
+
+
+def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
+    """``flat`` (n,) where the bits are set, zeros elsewhere."""
+    return _best_alone(flat).keep_marked(flat, bits)  # type: ignore[no-any-return]

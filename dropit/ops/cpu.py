@@ -24,7 +24,7 @@ from dropit.ops import reference
 from dropit.ops.reference import dequantize, quantize
 from dropit.packed import OFFSET_BLOCK, Layout, Packed, bits_nbytes, positions_nbytes, unflatten
 
-__all__ = ["dequantize", "pack_largest", "quantize", "unpack"]
+__all__ = ["dequantize", "keep_marked", "mark_inside", "pack_largest", "quantize", "unpack"]
 _PIECE = 2**18  # elements that are worked on at a time: in shorter pieces threads wait for each other
 _ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)  # of each byte
 _pool: ThreadPoolExecutor | None = None
@@ -54,6 +54,41 @@ def unpack(packed: Packed) -> Tensor:
     values = reference.widen(packed.values, packed.scales, packed.layout.dtype)
     place = _place_op if torch.compiler.is_compiling() else _place
     return unflatten(place(values, packed.positions, n), packed.layout)
+
+
+def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """As :func:`dropit.ops.reference.mark_inside`: 0.16 ns on one core, by a mask of the whole 0.42 on two."""
+    if flat.dtype not in (torch.float32, torch.float64):
+        return reference.mark_inside(flat, lower, upper)  # NumPy has no bfloat16, and is slow with float16
+    bits = torch.empty(bits_nbytes(flat.numel()), dtype=torch.uint8)
+    numbers, marks = flat.numpy(), bits.numpy()
+
+    def work(start: int) -> None:
+        piece = numbers[start : start + _PIECE]
+        outside = piece <= lower
+        if upper < math.inf:
+            outside |= piece >= upper
+        np.logical_not(outside, out=outside)
+        marks[start // 8 : (start + _PIECE) // 8] = np.packbits(outside, bitorder="little")
+
+    _in_threads(work, [(start,) for start in range(0, flat.numel(), _PIECE)])
+    return bits
+
+
+def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
+    """As :func:`dropit.ops.reference.keep_marked`: 0.6 ns on one core, by ``torch.where`` 2.8 on two."""
+    kept = torch.empty_like(flat)
+    integers, out = (x.view(reference.INTEGER_OF_SIZE[x.element_size()]).numpy() for x in (flat, kept))
+    marks = bits.numpy()
+
+    def work(start: int) -> None:
+        piece = integers[start : start + _PIECE]
+        mask = np.unpackbits(marks[start // 8 : (start + _PIECE) // 8], count=len(piece), bitorder="little")
+        ones = np.negative(mask.view(np.int8))  # all bits of a byte where it is marked
+        np.bitwise_and(piece, ones.astype(piece.dtype), out=out[start : start + _PIECE])
+
+    _in_threads(work, [(start,) for start in range(0, flat.numel(), _PIECE)])
+    return kept
 
 
 def _kept(n: int, block_size: int, count: int, rest_count: int) -> int:

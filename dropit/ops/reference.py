@@ -5,6 +5,8 @@ Times are ns per element of a float32 tensor of 4 M elements, torch 2.15 on two 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -248,6 +250,19 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """(ceil(n / 8),) uint8 -> (n,) bool."""
     return unpack_small(bits, 2, n).to(torch.bool)
+
+
+def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """Bits of where ``flat`` (n,) is neither at or below ``lower`` nor at or above ``upper``; NaN is not."""
+    outside = flat <= lower
+    if upper < math.inf:
+        outside |= flat >= upper
+    return pack_bits(~outside)
+
+
+def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
+    """``flat`` (n,) where the bits are set, zeros elsewhere."""
+    return torch.where(unpack_bits(bits, flat.numel()), flat, 0)
 
 
 def pack_small(numbers: Tensor, limit: int) -> Tensor:

@@ -68,6 +68,18 @@ def test_narrower_values(value_dtype):
     assert torch.equal(cpu.unpack(packed), reference.unpack(packed))
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_marks(dtype, monkeypatch):
+    rng = np.random.default_rng(0)
+    for piece, n in ((64, 1), (64, 63), (64, 1000), (2**18, 1000)):
+        monkeypatch.setattr(cpu, "_PIECE", piece)
+        flat, grad = awkward(rng, n, dtype), awkward(rng, n, dtype)
+        for lower, upper in ((0.0, float("inf")), (-1.0, 0.5)):
+            bits = cpu.mark_inside(flat, lower, upper)
+            assert torch.equal(bits, reference.mark_inside(flat, lower, upper))
+            assert torch.equal(bits_of(cpu.keep_marked(grad, bits)), bits_of(reference.keep_marked(grad, bits)))
+
+
 @pytest.mark.parametrize("strategy", [FastMinK(0.9), FastMinK(0.5), FastMinK(0.9, block_size=1000), MinK(0.9)], ids=str)
 def test_several_pieces_and_threads_change_nothing(strategy, monkeypatch):
     x = torch.randn(3 * cpu._PIECE // 64 + 17).round(decimals=2)

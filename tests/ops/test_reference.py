@@ -199,3 +199,11 @@ def test_all_that_is_kept_needs_no_positions(n):
     assert packed.positions is None
     assert packed.nbytes == 2 * n
     assert torch.equal(ops.unpack(packed), x.bfloat16().float())
+
+
+def test_marks_say_what_is_inside_and_keep_it():
+    x = torch.tensor([-1.0, 0.0, 0.5, 6.0, 7.0, float("nan"), float("inf"), -0.0, 3.0])
+    assert ops.unpack_bits(ops.mark_inside(x, 0.0, float("inf")), 9).tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 1]
+    bits = ops.mark_inside(x, 0.0, 6.0)
+    assert ops.unpack_bits(bits, 9).tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 1]
+    assert ops.keep_marked(torch.arange(1.0, 10), bits).tolist() == [0, 0, 3, 0, 0, 6, 0, 0, 9]
