@@ -26,6 +26,8 @@ from dropit.packed import OFFSET_BLOCK, Layout, Packed, bits_nbytes, positions_n
 
 __all__ = ["dequantize", "keep_marked", "mark_inside", "pack_largest", "quantize", "unpack"]
 _PIECE = 2**18  # elements that are worked on at a time: in shorter pieces threads wait for each other
+# The longest block that ``partition`` is used for. Beyond, equal elements, as ReLU's zeros, slow it down a hundredfold.
+_PARTITION = 512
 _ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)  # of each byte
 _pool: ThreadPoolExecutor | None = None
 
@@ -103,16 +105,21 @@ def _select(flat: Tensor, block_size: int, count: int, rest_count: int, per_bloc
     values = torch.empty(total, dtype=flat.dtype)
     positions = torch.zeros(positions_nbytes(n, total, per_block), dtype=torch.uint8)
     integers, kept = (x.view(reference.INTEGER_OF_SIZE[flat.element_size()]).numpy() for x in (flat, values))
-    write = _write_bits if len(positions) == bits_nbytes(n) else partial(_write_offsets, per_block is None, n)
+    write_positions = _write_bits if len(positions) == bits_nbytes(n) else partial(_write_offsets, per_block is None, n)
+
+    def write(piece: Any, start: int, first: int, indices: Any, mask: Any) -> None:
+        """Store what is kept of the elements from ``start``, the first of it in place ``first``."""
+        np.take(piece, indices, out=kept[first : first + len(indices)], mode="clip")
+        write_positions(positions.numpy(), start, first, indices, mask)
 
     def work(start: int, stop: int, size: int, k: int) -> None:
         """Pack the elements from ``start`` to ``stop``, blocks of ``size``, ``k`` of each."""
         piece = integers[start:stop]
-        indices, mask = _largest(piece, size, k)
-        first = start // block_size * count
-        np.take(piece, indices, out=kept[first : first + len(indices)], mode="clip")
-        write(positions.numpy(), start, first, indices, mask)
+        write(piece, start, start // block_size * count, *_largest(piece, size, k))
 
+    if block_size == n > _PIECE:
+        _select_of_all(integers, count, write)
+        return values, positions
     # A piece is of whole blocks, and of whole bytes of bits and whole blocks of offsets too.
     step = math.lcm(block_size, OFFSET_BLOCK)
     step *= max(1, _PIECE // step)
@@ -127,7 +134,10 @@ def _largest(piece: Any, size: int, k: int) -> tuple[Any, Any]:
     sign_off = np.iinfo(piece.dtype).max
     score = piece & sign_off
     blocks = score.reshape(-1, size)
-    blocks.partition(size - k, axis=1)
+    if size <= _PARTITION:
+        blocks.partition(size - k, axis=1)
+    else:
+        blocks.sort(axis=1)
     threshold = blocks[:, size - k].copy()[:, None]
     np.bitwise_and(piece, sign_off, out=score)  # in their places again
     mask = blocks >= threshold
@@ -149,6 +159,55 @@ def _after_the_first(indices: Any, score: Any, threshold: Any, size: int, k: int
     found = np.diff(starts, append=len(indices))
     fitting = k - (found - np.add.reduceat(at, starts, dtype=np.int64))
     return at & (ranks > (before + fitting)[block])
+
+
+def _select_of_all(integers: Any, k: int, write: Callable[..., None]) -> None:
+    """Find the ``k`` largest magnitudes of one long block, and ``write`` them piece by piece."""
+    threshold, fitting = _kth_largest(integers, k)
+    sign_off = np.iinfo(integers.dtype).max
+    starts = range(0, len(integers), _PIECE)
+
+    def count(start: int) -> tuple[int, int]:
+        score = integers[start : start + _PIECE] & sign_off
+        return int(np.count_nonzero(score > threshold)), int(np.count_nonzero(score == threshold))
+
+    above, at = np.array(_in_threads(count, [(start,) for start in starts])).T
+    at = np.diff(np.minimum(at.cumsum(), fitting), prepend=0)  # of each piece, those that are kept
+    firsts = (above + at).cumsum() - (above + at)
+
+    def work(start: int, first: int, ties: int) -> None:
+        piece = integers[start : start + _PIECE]
+        score = piece & sign_off
+        mask = score > threshold
+        if ties:
+            mask[np.flatnonzero(score == threshold)[:ties]] = True
+        write(piece, start, first, np.flatnonzero(mask), mask)
+
+    _in_threads(work, list(zip(starts, firsts.tolist(), at.tolist(), strict=True)))
+
+
+def _kth_largest(integers: Any, k: int) -> tuple[int, int]:
+    """The ``k``-th largest magnitude, and how many of those equal to it are among the ``k`` largest.
+
+    By counting the magnitudes' digits of 16 bits, the highest first, and then only those that begin alike.
+    """
+    sign_off = np.iinfo(integers.dtype).max
+    found, top = 0, 8 * integers.itemsize - 16
+    for shift in range(top, -1, -16):
+
+        def count(start: int, shift: int = shift, found: int = found) -> Any:
+            score = integers[start : start + _PIECE] & sign_off
+            if shift == top:
+                return np.bincount(score >> shift, minlength=2**16)
+            score = score[score >> (shift + 16) == found]
+            return np.bincount((score >> shift) & 0xFFFF, minlength=2**16)
+
+        counts = sum(_in_threads(count, [(start,) for start in range(0, len(integers), _PIECE)]))
+        as_large = counts[::-1].cumsum()[::-1]  # of each digit, those that are not below it
+        digit = int(np.flatnonzero(as_large >= k)[-1])
+        k -= int(as_large[digit] - counts[digit])
+        found = found << 16 | digit
+    return found, k
 
 
 def _place(values: Tensor, bits: Tensor, n: int) -> Tensor:
@@ -184,17 +243,15 @@ def _write_offsets(counted: bool, n: int, positions: Any, start: int, first: int
         positions[:counts_nbytes].view(np.int16)[start // OFFSET_BLOCK :][: len(found)] += found.astype(np.int16)
 
 
-def _in_threads(work: Callable[..., None], jobs: list[tuple[Any, ...]]) -> None:
+def _in_threads(work: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
     """As many at a time as PyTorch uses threads; NumPy lets go of the interpreter while it computes."""
     global _pool
     threads = torch.get_num_threads()
     if len(jobs) < 2 or threads < 2:
-        for job in jobs:
-            work(*job)
-        return
+        return [work(*job) for job in jobs]
     if _pool is None or _pool._max_workers != threads:
         _pool = ThreadPoolExecutor(threads, thread_name_prefix="dropit")
-    list(_pool.map(lambda job: work(*job), jobs))
+    return list(_pool.map(lambda job: work(*job), jobs))
 
 
 def _forget_threads() -> None:

@@ -6,6 +6,7 @@ when a tensor on a GPU asks for it. ``TRITON_INTERPRET=1`` runs the kernels on a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -156,6 +157,34 @@ def _dequantize_groups(steps, scales, dense, n, BITS: tl.constexpr, ROWS: tl.con
     tl.store(dense + at, rounded, mask=at < n)
 
 
+@triton.autotune(_CONFIGS, key=["BOUNDED"])
+@triton.jit
+def _mark_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.constexpr, ROWS: tl.constexpr):
+    """Bits of which elements are neither at or below ``lower`` nor, where BOUNDED, at or above ``upper``."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _BLOCK)
+    at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
+    x = tl.load(source + at, mask=at < n, other=0).to(tl.float32)
+    outside = (x <= lower) | (at >= n)
+    if BOUNDED:
+        outside |= x >= upper
+    weights = ((~outside).to(tl.int32) << (columns % 8)[None, :]).reshape(ROWS, _BLOCK // 8, 8)
+    byte = rows.to(tl.int64)[:, None] * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
+    tl.store(bits + byte, tl.sum(weights, axis=2).to(tl.uint8), mask=byte < nbytes)
+
+
+@triton.autotune(_CONFIGS, key=[])
+@triton.jit
+def _keep_blocks(source, bits, kept, n, ROWS: tl.constexpr):
+    """The elements that are marked, zeros elsewhere."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _BLOCK)
+    at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
+    byte = tl.load(bits + at // 8, mask=at < n, other=0).to(tl.int32)
+    marked = ((byte >> (columns % 8)[None, :]) & 1) != 0
+    tl.store(kept + at, tl.load(source + at, mask=marked & (at < n), other=0), mask=at < n)
+
+
 def _programs(rows: int) -> Any:
     return lambda meta: (triton.cdiv(rows, meta["ROWS"]),)
 
@@ -192,7 +221,8 @@ def _unpack_blocks_op(
 def _quantize_op(flat: Tensor, noise: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Steps and scales."""
     n = flat.numel()
-    steps = torch.empty(n if bits == 8 else -(-n // 2), dtype=torch.int8 if bits == 8 else torch.uint8).to(flat.device)
+    size, kind = (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8)
+    steps = torch.empty(size, dtype=kind, device=flat.device)
     scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.bfloat16, device=flat.device)
     wrap_triton(_quantize_groups)[_programs(len(scales))](
         flat,
@@ -281,3 +311,22 @@ def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Ten
 def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """As :func:`dropit.ops.reference.dequantize`."""
     return _dequantize_op(steps.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]
+
+
+def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """As :func:`dropit.ops.reference.mark_inside`."""
+    if flat.dtype is torch.float64:
+        return reference.mark_inside(flat, lower, upper)  # the bounds reach a kernel in single precision
+    n = flat.numel()
+    bits = torch.empty(bits_nbytes(n), dtype=torch.uint8, device=flat.device)
+    # Rounded as PyTorch rounds the bounds that it clamps to.
+    bounds = torch.tensor([lower, upper], dtype=flat.dtype).tolist()
+    _mark_blocks[_programs(-(-n // OFFSET_BLOCK))](flat, bits, n, len(bits), *bounds, BOUNDED=upper < math.inf)
+    return bits
+
+
+def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
+    """As :func:`dropit.ops.reference.keep_marked`."""
+    kept = torch.empty_like(flat)
+    _keep_blocks[_programs(-(-flat.numel() // OFFSET_BLOCK))](flat, bits, kept, flat.numel())
+    return kept

@@ -59,6 +59,17 @@ def test_random_arrays(dtype, seed, monkeypatch):
         assert dense.stride() == expected_dense.stride()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_one_block_of_all(dtype, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(cpu, "_PIECE", 512)
+    for _ in range(40):
+        n = int(rng.integers(513, 5000))
+        flat, layout = flatten(awkward(rng, n, dtype))
+        arguments = (flat, n, int(rng.choice([1, n // 50, n // 10, n // 2, n - 1])), 0, layout)
+        same(cpu.pack_largest(*arguments), reference.pack_largest(*arguments))
+
+
 @pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.int8])
 def test_narrower_values(value_dtype):
     flat, layout = flatten(torch.randn(3000))

@@ -52,6 +52,18 @@ def test_narrower_values(value_dtype):
     assert torch.equal(triton.unpack(packed), reference.unpack(packed))
 
 
+@pytest.mark.parametrize("n", [1, 63, 256, 2500])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_marks(dtype, n):
+    rng = np.random.default_rng(n)
+    flat, grad = (awkward(rng, n, dtype).to(DEVICE) for _ in range(2))
+    for lower, upper in ((0.0, float("inf")), (-1.0, 0.1)):
+        x = torch.nn.functional.hardtanh(flat, lower, upper)
+        bits = triton.mark_inside(x, lower, upper)
+        assert torch.equal(bits, reference.mark_inside(x, lower, upper))
+        assert torch.equal(bits_of(triton.keep_marked(grad, bits)), bits_of(reference.keep_marked(grad, bits)))
+
+
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("n", [1, 31, 32, 65, 1000])
