@@ -1,9 +1,9 @@
 """What a budget of bytes buys: the gradient's error, against that of the best single gamma within the same bytes.
 
-    python benchmarks/budget.py [--quick]
+    python benchmarks/budget.py [--models resnet18 vit_b_16 ...] [--quick]
 
-Random weights and inputs. The error is relative, of all parameters' gradients together. The single gamma is the least
-that fits, in each of compress="lossless", "int8" and "int4"; the best of the three counts.
+Random weights and inputs, no dropout. The error is relative, of all parameters' gradients together. The single gamma is
+the least that fits, in each of compress="lossless", "int8" and "int4"; the best of the three counts.
 """
 
 from __future__ import annotations
@@ -12,128 +12,89 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
+import report
 import torch
-import torchvision
-import transformers
+from methods import OURS
+from tasks import MIB, TASKS, forward, held, loss, without_noise
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import dropit
 
 PARTS = (0.25, 0.4, 0.6, 0.8)
-MODES = ("lossless", "int8", "int4")
 _HALVINGS = 7
 
 
-class Case(NamedTuple):
-    """A model, a batch, and what to minimize."""
-
-    model: nn.Module
-    batch: Any
-    loss_fn: Callable[[Any], Tensor]
-
-
-def classifier(model: nn.Module, size: int, batch: int) -> Case:
-    """With random images and labels."""
-    images, labels = torch.randn(batch, 3, size, size), torch.randint(10, (batch,))
-    return Case(model, images, lambda output: cross_entropy(output, labels))
-
-
-def vit() -> nn.Module:
-    """torchvision's, but for the head: its zeros let no gradient through."""
-    model = torchvision.models.vit_b_16()
-    nn.init.normal_(model.heads.head.weight, std=0.02)
-    return model
-
-
-def gpt2() -> Case:
-    """Hugging Face's, without dropout, on random tokens."""
-    config = transformers.GPT2Config(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-    tokens = torch.randint(config.vocab_size, (2, 256))
-    model = transformers.GPT2LMHeadModel(config)
-    return Case(model, {"input_ids": tokens, "labels": tokens}, lambda output: output.loss)
-
-
-CASES: dict[str, Callable[[], Case]] = {
-    "ResNet-18, 224 x 224": lambda: classifier(torchvision.models.resnet18(), 224, 8),
-    "ViT-B/16, 224 x 224": lambda: classifier(vit(), 224, 2),
-    "ConvNeXt-T, 224 x 224": lambda: classifier(torchvision.models.convnext_tiny(stochastic_depth_prob=0.0), 224, 2),
-    "GPT-2, 256 tokens": gpt2,
-}
-QUICK = {"ResNet-18, 64 x 64": lambda: classifier(torchvision.models.resnet18(), 64, 4)}
-
-
-def forward(model: nn.Module, batch: Any) -> Any:
-    """The model's output."""
-    return model(**batch) if isinstance(batch, dict) else model(batch)
-
-
-def held(model: nn.Module, batch: Any) -> int:
-    """Bytes held for backward."""
-    with dropit.CacheMeter(model, retain=False) as meter:
-        output = forward(model, batch)
-    del output
-    return meter.total_bytes
-
-
-def gradient(case: Case) -> Tensor:
+def gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """Of all parameters, as one vector."""
-    case.model.zero_grad()
-    case.loss_fn(forward(case.model, case.batch)).backward()
-    grads = torch.cat([parameter.grad.flatten() for parameter in case.model.parameters() if parameter.grad is not None])
-    case.model.zero_grad()
+    model.zero_grad()
+    loss(model, *batch).backward()
+    grads = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    model.zero_grad()
     return grads
 
 
-def single_gamma(case: Case, compress: str, budget: int) -> float | None:
+def single_gamma(model: nn.Module, fits: Callable[[], bool], compress: str) -> float | None:
     """Convert under the least gamma that fits; None where none does."""
     low, high = 0.0, 0.99
     for gamma in (high, *(None,) * _HALVINGS):
         middle = (low + high) / 2 if gamma is None else gamma
-        dropit.to_dropit(case.model, gamma=middle, compress=compress)
-        fits = held(case.model, case.batch) <= budget
-        if gamma is not None and not fits:
+        dropit.to_dropit(model, gamma=middle, compress=compress)
+        fit = fits()
+        if gamma is not None and not fit:
             return None
-        low, high = (low, middle) if fits else (middle, high)
-    dropit.to_dropit(case.model, gamma=high, compress=compress)
+        low, high = (low, middle) if fit else (middle, high)
+    dropit.to_dropit(model, gamma=high, compress=compress)
     return high
 
 
-def rows(name: str, case: Case, parts: tuple[float, ...]) -> None:
+def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tuple[float, ...]) -> None:
     """Print the table's rows of one model."""
-    plain, exact = held(case.model, case.batch), gradient(copy.deepcopy(case))
+    inputs, labels = batch
+
+    def bytes_held() -> int:
+        return held(model, lambda: forward(model, inputs))
 
     def error() -> float:
-        return ((gradient(case) - exact).norm() / exact.norm()).item()
+        return ((gradient(model, batch) - exact).norm() / exact.norm()).item()
 
+    plain, exact = bytes_held(), gradient(copy.deepcopy(model), batch)
     for part in parts:
         budget = int(part * plain)
-        dropit.to_dropit(case.model, budget=budget, example_input=case.batch, loss_fn=case.loss_fn)
-        ours = f"{held(case.model, case.batch) / budget:.3f} | {error():.4f}"
+        dropit.to_dropit(
+            model,
+            budget=budget,
+            example_input=inputs,
+            loss_fn=lambda output: cross_entropy(getattr(output, "logits", output).flatten(0, -2), labels.flatten()),
+        )
+        ours = f"{bytes_held() / budget:.3f} | {error():.4f}"
         others = []
-        for compress in MODES:
-            gamma = single_gamma(case, compress, budget)
+        for compress in OURS:
+            gamma = single_gamma(model, lambda budget=budget: bytes_held() <= budget, compress)
             if gamma is not None:
                 others.append((error(), f"{compress}, gamma {gamma:.2f}"))
         best = "{:.4f} ({})".format(*min(others)) if others else "does not fit"
-        dropit.from_dropit(case.model)
-        print(f"| {name} | {part:.0%} of {plain / 2**20:.0f} | {ours} | {best} |", flush=True)
+        dropit.from_dropit(model)
+        print(f"| {title} | {part:.0%} of {plain / MIB:.0f} | {ours} | {best} |", flush=True)
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["resnet18", "vit_b_16", "convnext_tiny", "gpt2"]
+    parser.add_argument("--models", nargs="+", choices=TASKS, default=models)
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
-    quick = parser.parse_args().quick
+    args = parser.parse_args()
     warnings.filterwarnings("ignore", "gamma .* saves nothing")
-    transformers.logging.set_verbosity_error()
-    print("| model | budget, MiB | held / budget | gradient error | error of the best single gamma |")
-    print("|---|---:|---:|---:|---:|")
-    for name, make in (QUICK if quick else CASES).items():
+    header = ["model", "budget, MiB", "held / budget", "gradient error", "error of the best single gamma"]
+    print(report.table(header, []), flush=True)
+    for name in ["resnet18_cifar"] if args.quick else args.models:
         torch.manual_seed(0)
-        rows(name, make(), PARTS[:2] if quick else PARTS)
+        task = TASKS[name]
+        model = without_noise(task.model().train())
+        batch = task.batch(8 if name.startswith("resnet") else 2)
+        rows(task.title, model, batch, PARTS[:2] if args.quick else PARTS)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from published import to_published
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import dropit
@@ -19,10 +20,14 @@ BLOCKS = (
     torchvision.models.convnext.CNBlock,
     torchvision.models.vision_transformer.EncoderBlock,
 )
+OURS = ("lossless", "int8", "int4")
+BUDGET = 0.5  # of what torch.compile would hold to recompute nothing
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
     """Recompute each block in backward. By the reentrant form, whose saved inputs autograd's hooks see."""
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
     for module in model.modules():
         if isinstance(module, BLOCKS):
             inner = module.forward
@@ -30,23 +35,40 @@ def checkpointed(model: nn.Module) -> nn.Module:
     return model
 
 
-def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile, allowed half of the memory that it would take to recompute nothing."""
-    torch._functorch.config.activation_memory_budget = 0.5  # type: ignore[attr-defined]
+def offloaded(model: nn.Module) -> nn.Module:
+    """Copy all that is held to the host's memory, and back."""
+    inner = model.forward
+
+    def forward(x: torch.Tensor) -> object:
+        with save_on_cpu(pin_memory=True):
+            return inner(x)
+
+    model.forward = forward  # type: ignore[method-assign]
+    return model
+
+
+def compiled(model: nn.Module, budget: float = 1.0) -> nn.Module:
+    """torch.compile; with a budget below 1 it recomputes so that it holds that part of what it would."""
+    torch._functorch.config.activation_memory_budget = budget  # type: ignore[attr-defined]
     model.compile()
     return model
 
 
-def methods(strategy: str, gamma: float, *, with_compiled: bool = False) -> dict[str, Method]:
+def methods(strategy: str = "fastmink", gamma: float = 0.9) -> dict[str, Method]:
     """By name; the plain model first."""
-    ours = {
-        compress: lambda model, compress=compress: dropit.to_dropit(model, strategy, gamma, compress=compress)
-        for compress in ("lossless", "int8", "int4")
-    }
-    return {
+    found: dict[str, Method] = {
         "plain": lambda model: model,
         "checkpointing": checkpointed,
-        **({"compiled, half": compiled} if with_compiled else {}),
         "published scheme": lambda model: to_published(model, gamma),
-        **ours,
+        "compiled": compiled,
+        "compiled, half": lambda model: compiled(model, BUDGET),
+        "save_on_cpu": offloaded,
     }
+    for compress in OURS:
+        found[compress] = lambda model, compress=compress: dropit.to_dropit(model, strategy, gamma, compress=compress)
+    for compress in OURS[:2]:
+        found[f"compiled {compress}"] = lambda model, compress=compress: compiled(found[compress](model))
+    return found
+
+
+USUAL = ("plain", "checkpointing", "published scheme", *OURS)

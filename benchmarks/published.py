@@ -58,6 +58,8 @@ def to_published(model: nn.Module, gamma: float) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = lambda x, m=module: _Linear.apply(x, m.weight, m.bias, gamma)  # type: ignore[method-assign]
+        elif type(module).__name__ == "Conv1D":  # Hugging Face's linear layer, (in, out)
+            module.forward = lambda x, m=module: _Linear.apply(x, m.weight.t(), m.bias, gamma)  # type: ignore[method-assign]
         elif type(module) is nn.Conv2d:
             geometry = (module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
             module.forward = lambda x, m=module, g=geometry: _Conv2d.apply(x, m.weight, m.bias, g, gamma)  # type: ignore[method-assign]

@@ -56,7 +56,8 @@ def test_outputs_may_be_changed_in_place(make, name):
     for shape in shapes:
         model = dropit.to_dropit(nn.ModuleList([layer(), nn.Linear(2, 2)]), compress=make.keywords["compress"])
         x = torch.randn(shape, requires_grad=True)
-        output = model[0](x, x, x, need_weights=False)[0] if isinstance(model[0], nn.MultiheadAttention) else model[0](x)
+        attends = isinstance(model[0], nn.MultiheadAttention)
+        output = model[0](x, x, x, need_weights=False)[0] if attends else model[0](x)
         output += 1
         output.relu_()
         output.sum().backward()
