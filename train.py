@@ -1,6 +1,6 @@
-"""Train, evaluate or describe an image classifier whose layers keep only part of their input.
+"""Train, evaluate, describe or time an image classifier whose layers keep only part of their input.
 
-python train.py --cfg configs/digits/vit_tiny_fastminkx0.9.yaml [--mode train|eval|info] [--resume] [KEY VALUE ...]
+python train.py --cfg configs/digits/vit_tiny_fastminkx0.9.yaml [--mode train|eval|info|time] [--resume] [KEY VALUE ...]
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NoReturn
 from dropit.training import runs
 from dropit.training.errors import ConfigError, UserError
 
-MODES = {"train": runs.train, "eval": runs.evaluate, "info": runs.info}
+MODES = {"train": runs.train, "eval": runs.evaluate, "info": runs.info, "time": runs.time}
 
 
 class Parser(argparse.ArgumentParser):

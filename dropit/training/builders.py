@@ -10,19 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning import Callback, Trainer, seed_everything
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn.functional import cross_entropy
 from yacs.config import CfgNode
 
-from dropit import to_dropit
-from dropit.training.data import ImageData, check_classes, eval_transform, open_dataset, train_transform
+from dropit import estimate_cache, to_dropit
+from dropit.training.callbacks import CacheMonitor
+from dropit.training.config import flatten
+from dropit.training.data import ImageData, Samples
+from dropit.training.datasets import Source, check_classes, open_dataset
 from dropit.training.errors import ConfigError, SetupError
+from dropit.training.freezing import freeze
 from dropit.training.models import build_model
 from dropit.training.module import Batch, Classifier
 from dropit.training.optim import Recipe
+from dropit.training.pretrained import load_pretrained
+from dropit.training.sharding import ShardedClassifier
+from dropit.training.transforms import BatchMix, eval_transform, train_transform
 
 
 def build_classifier(cfg: CfgNode, *, pretrained: bool = True, sample: Batch | None = None) -> Classifier:
@@ -32,7 +42,16 @@ def build_classifier(cfg: CfgNode, *, pretrained: bool = True, sample: Batch | N
     """
     seed_everything(cfg.SEED, workers=True, verbose=False)
     model = build_network(cfg, dropit=cfg.MODEL.DROPIT and sample is not None, pretrained=pretrained, sample=sample)
-    return Classifier(model, cfg.MODEL.NUM_CLASSES, build_recipe(cfg))
+    if cfg.TRAIN.COMPILE:
+        model.compile()
+    kind = ShardedClassifier if is_sharded(cfg) else Classifier
+    return kind(
+        model,
+        cfg.MODEL.NUM_CLASSES,
+        build_recipe(cfg),
+        label_smoothing=cfg.SOLVER.LABEL_SMOOTHING,
+        channels_last=cfg.TRAIN.CHANNELS_LAST,
+    )
 
 
 def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False, sample: Batch | None = None) -> nn.Module:
@@ -42,11 +61,23 @@ def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False, sampl
         cfg.MODEL.NUM_CLASSES,
         cfg.INPUT.SIZE,
         stem=cfg.MODEL.STEM,
-        pretrained=cfg.MODEL.PRETRAINED if pretrained else "",
+        dropout=_rate(cfg.MODEL.DROPOUT),
+        attention_dropout=_rate(cfg.MODEL.ATTENTION_DROPOUT),
+        drop_path=_rate(cfg.MODEL.DROP_PATH),
     )
+    if pretrained and cfg.MODEL.PRETRAINED:
+        print(f"pretrained   {load_pretrained(model, cfg.MODEL.PRETRAINED, cfg.MODEL.ARCH)}")
+    if cfg.MODEL.SYNC_BN:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if cfg.MODEL.FREEZE:
+        freeze(model, cfg.MODEL.FREEZE)
     if dropit:
         convert(model, cfg, sample)
     return model
+
+
+def _rate(given: float) -> float | None:
+    return None if given == -1 else given
 
 
 def convert(model: nn.Module, cfg: CfgNode, sample: Batch | None = None) -> None:
@@ -95,11 +126,17 @@ def build_recipe(cfg: CfgNode) -> Recipe:
     return Recipe(
         lr=solver.LR,
         max_epochs=solver.MAX_EPOCHS,
+        optimizer=solver.OPTIMIZER,
         momentum=solver.MOMENTUM,
+        nesterov=solver.NESTEROV,
+        betas=tuple(solver.BETAS),
         weight_decay=solver.WEIGHT_DECAY,
+        no_decay=tuple(solver.NO_DECAY),
+        layer_decay=solver.LAYER_DECAY,
         schedule=solver.SCHEDULE,
         milestones=tuple(solver.MILESTONES),
         gamma=solver.GAMMA,
+        min_lr=solver.MIN_LR,
         warmup_epochs=solver.WARMUP_EPOCHS,
         warmup_factor=solver.WARMUP_FACTOR,
     )
@@ -109,14 +146,67 @@ def build_data(cfg: CfgNode) -> ImageData:
     """Both data sets, opened and checked, in batches of one process's share."""
     size, mean, std = cfg.INPUT.SIZE, cfg.INPUT.MEAN, cfg.INPUT.STD
     augment = train_transform(
-        size, mean, std, crop=cfg.TRAIN.CROP, crop_scale=cfg.TRAIN.CROP_SCALE, flip=cfg.TRAIN.FLIP
+        size,
+        mean,
+        std,
+        crop=cfg.TRAIN.CROP,
+        crop_scale=cfg.TRAIN.CROP_SCALE,
+        flip=cfg.TRAIN.FLIP,
+        auto_augment=cfg.TRAIN.AUTO_AUGMENT,
+        magnitude=cfg.TRAIN.MAGNITUDE,
+        erasing=cfg.TRAIN.ERASING,
     )
-    train = open_dataset(cfg.DATASET, cfg.TRAIN.PATH, train=True, transform=augment)
-    plain = eval_transform(size, mean, std, resize=cfg.VAL.RESIZE)
-    val = open_dataset(cfg.DATASET, cfg.VAL.PATH, train=False, transform=plain)
+    train, val = _open(cfg, cfg.TRAIN.PATH, train=True), _open(cfg, cfg.VAL.PATH, train=False)
     check_classes(train, val, cfg.MODEL.NUM_CLASSES)
-    batch_size = cfg.SOLVER.BATCH_SIZE // cfg.NUM_GPUS
-    return ImageData(train, val, batch_size=batch_size, num_workers=cfg.DATALOADER.NUM_WORKERS)
+    mixes = cfg.TRAIN.MIXUP or cfg.TRAIN.CUTMIX
+    mix = BatchMix(cfg.MODEL.NUM_CLASSES, mixup=cfg.TRAIN.MIXUP, cutmix=cfg.TRAIN.CUTMIX) if mixes else None
+    options = {"seed": cfg.SEED, "cache": cfg.DATALOADER.CACHE, "on_device": cfg.DATALOADER.ON_DEVICE}
+    return ImageData(
+        Samples(train, augment, mix=mix, **options),
+        Samples(val, eval_transform(size, mean, std, resize=cfg.VAL.RESIZE), **options),
+        batch_size=batch_size(cfg),
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        prefetch=cfg.DATALOADER.PREFETCH,
+        repeats=cfg.TRAIN.REPEATS,
+    )
+
+
+def _open(cfg: CfgNode, path: str, *, train: bool) -> Source:
+    return open_dataset(
+        cfg.DATASET,
+        path,
+        train=train,
+        size=cfg.INPUT.SIZE,
+        num_classes=cfg.MODEL.NUM_CLASSES,
+        unreadable=cfg.DATALOADER.UNREADABLE,
+    )
+
+
+def processes(cfg: CfgNode) -> int:
+    """Training processes on all nodes."""
+    return cfg.NUM_NODES * cfg.NUM_GPUS  # type: ignore[no-any-return]
+
+
+def batch_size(cfg: CfgNode) -> int:
+    """Samples that one process takes at a time."""
+    return cfg.SOLVER.BATCH_SIZE // (processes(cfg) * cfg.SOLVER.ACCUMULATE)  # type: ignore[no-any-return]
+
+
+def is_sharded(cfg: CfgNode) -> bool:
+    """Whether the processes share the weights out."""
+    return cfg.PARALLEL == "fsdp" and processes(cfg) > 1  # type: ignore[no-any-return]
+
+
+def build_cache_monitor(cfg: CfgNode) -> CacheMonitor:
+    """It measures; where the weights are shared out, what the plain model would hold is estimated."""
+    if not is_sharded(cfg):
+        return CacheMonitor()
+    return CacheMonitor(lambda shape: estimate_cache(lambda: build_network(cfg, dropit=False), shape).total_bytes)
+
+
+def build_averaging(cfg: CfgNode) -> list[Callback]:
+    """The moving average of the weights, if there is to be one."""
+    return [EMAWeightAveraging(decay=cfg.SOLVER.EMA)] if cfg.SOLVER.EMA else []
 
 
 def build_checkpointing() -> tuple[ModelCheckpoint, ModelCheckpoint]:
@@ -134,24 +224,71 @@ def build_trainer(
     log_every: int = 10,
 ) -> Trainer:
     """Lightning's Trainer on the devices that the config asks for. It logs to directory/version_N, if to any."""
+    accelerator = pick_accelerator(cfg)
     logger = directory is not None and TensorBoardLogger(
         directory.parent, name=directory.name, version=version, default_hp_metric=False
     )
     return Trainer(
-        accelerator=pick_accelerator(cfg),
+        accelerator=accelerator,
         devices=cfg.NUM_GPUS,
-        strategy="ddp" if cfg.NUM_GPUS > 1 else "auto",
+        num_nodes=cfg.NUM_NODES,
+        strategy=_strategy(cfg),
+        precision=_PRECISIONS[cfg.TRAIN.PRECISION],  # type: ignore[arg-type]
         max_epochs=cfg.SOLVER.MAX_EPOCHS,
+        fast_dev_run=cfg.TRY_STEPS,
+        accumulate_grad_batches=cfg.SOLVER.ACCUMULATE,
+        gradient_clip_val=cfg.SOLVER.CLIP_NORM or None,
         check_val_every_n_epoch=cfg.CHECK_VAL_EVERY_N_EPOCH,
         logger=logger,
         callbacks=[*callbacks, LearningRateMonitor("step")] if logger else None,
         enable_checkpointing=bool(logger),
         log_every_n_steps=log_every,
+        use_distributed_sampler=False,  # the data has one that leaves nothing out and repeats nothing
         num_sanity_val_steps=0,
         enable_model_summary=False,
         enable_progress_bar=sys.stdout.isatty(),
         deterministic="warn",
     )
+
+
+_PRECISIONS = {"32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def _strategy(cfg: CfgNode) -> Any:
+    if processes(cfg) == 1:
+        return "auto"
+    if is_sharded(cfg):
+        return ModelParallelStrategy(processes(cfg), 1, save_distributed_checkpoint=False)
+    return "ddp"
+
+
+def check_machine(cfg: CfgNode) -> None:
+    """Refuse at once what this machine, or what started this process, cannot do. Raises SetupError."""
+    if pick_accelerator(cfg) == "cpu":
+        for key in [key for key, value in _FOR_GPUS.items() if flatten(cfg)[key] in value]:
+            raise SetupError(f"{key} {flatten(cfg)[key]} needs a GPU, and this run is on the CPU")
+    started = started_processes()
+    if started is None and cfg.NUM_NODES > 1:
+        raise SetupError(
+            f"NUM_NODES {cfg.NUM_NODES}: start train.py on each node, with torchrun --nnodes {cfg.NUM_NODES} or with "
+            "srun"
+        )
+    if started is not None and started != processes(cfg):
+        raise SetupError(
+            f"NUM_NODES {cfg.NUM_NODES} with NUM_GPUS {cfg.NUM_GPUS} is {processes(cfg)} processes, but torchrun or "
+            f"srun started {started}"
+        )
+
+
+def started_processes() -> int | None:
+    """How many processes torchrun or srun started together with this one; None where neither did."""
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment().world_size()
+    return int(os.environ["SLURM_NTASKS"]) if SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ else None
+
+
+# What a CPU cannot do, or what Lightning would turn into something else there.
+_FOR_GPUS: dict[str, tuple[Any, ...]] = {"TRAIN.PRECISION": ("tf32", "fp16"), "MODEL.SYNC_BN": (True,)}
 
 
 def pick_accelerator(cfg: CfgNode) -> str:

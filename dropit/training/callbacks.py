@@ -4,74 +4,48 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import nn
 
-from dropit import CacheMeter, from_dropit
+import dropit
+from dropit import from_dropit
 
 MIB = 2**20
 
 
-class CacheMonitor(Callback):
-    """Measures what the first batch of each epoch holds for backward, and what the plain model would hold.
+class CacheMonitor(dropit.CacheMonitor):
+    """The library's, for several processes: dropit/cache_max_mb is the most that one of them holds, and
+    dropit/cache_mb_process_N what each does.
 
-    Logs dropit/cache_mb, dropit/dense_mb (MiB, of this process) and dropit/cache_ratio.
+    ``estimate``: bytes that the plain model would hold for images of a shape, where that cannot be measured.
     """
 
-    def __init__(self) -> None:
-        self.cache_mb = self.dense_mb = float("nan")
-        self._meter: CacheMeter | None = None
-        self._dense_shape: torch.Size | None = None  # of the images that dense_mb is of
+    def __init__(self, estimate: Callable[[Sequence[int]], int] | None = None) -> None:
+        super().__init__()
+        self._estimate = estimate
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before an epoch's first forward pass."""
-        if batch_idx == 0:
-            if batch[0].shape != self._dense_shape:  # what the plain model holds depends on nothing else
-                self.dense_mb = _dense_bytes(trainer, pl_module, batch) / MIB
-                self._dense_shape = batch[0].shape
-            self._meter = CacheMeter(pl_module.model).__enter__()  # type: ignore[arg-type]
+    def measure_dense(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> float:
+        """MiB; measured, but where there is an estimate."""
+        if self._estimate is None:
+            return super().measure_dense(trainer, pl_module, batch, batch_idx)
+        return self._estimate(batch[0].shape) / MIB
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Between the forward and the backward pass: all that is held is held now."""
-        if self._meter is None:
+    def log_cache(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of this process and, where there are others, of all."""
+        super().log_cache(trainer, pl_module)
+        if trainer.world_size == 1:
             return
-        self._stop()
-        pl_module.log("dropit/cache_mb", self.cache_mb, prog_bar=True, logger=False)
-        if trainer.logger is not None:
-            tags = {"cache_mb": self.cache_mb, "dense_mb": self.dense_mb, "cache_ratio": self.cache_ratio}
-            trainer.logger.log_metrics({f"dropit/{tag}": value for tag, value in tags.items()}, trainer.global_step)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no hook behind."""
-        if self._meter is not None:
-            self._stop()
-
-    @property
-    def cache_ratio(self) -> float:
-        """What is held, as a part of what the plain model would hold."""
-        return self.cache_mb / self.dense_mb
-
-    def _stop(self) -> None:
-        assert self._meter is not None
-        self._meter.__exit__()
-        self.cache_mb = self._meter.total_bytes / MIB
-        self._meter = None
-
-
-def _dense_bytes(trainer: Trainer, pl_module: LightningModule, batch: tuple[Tensor, Tensor]) -> int:
-    """What the plain model holds for this batch: a forward pass of a copy, which keeps nothing and changes nothing."""
-    images, labels = batch
-    with plain_copy(trainer, pl_module) as plain:
-        with CacheMeter(plain, retain=False) as meter:
-            loss = pl_module.criterion(plain(images), labels)  # type: ignore[operator]
-        del loss
-    return meter.total_bytes
+        mine = torch.tensor(self.cache_mb, device=pl_module.device)
+        each = trainer.strategy.all_gather(mine).flatten().tolist()
+        tags = {f"dropit/cache_mb_process_{rank}": value for rank, value in enumerate(each)}
+        for logger in trainer.loggers:
+            logger.log_metrics({**tags, "dropit/cache_max_mb": max(each)}, trainer.global_step)
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from yacs.config import CfgNode
 
 from dropit.training.config import flatten
 from dropit.training.errors import ConfigError, SetupError
+from dropit.training.pretrained import read_file
 
 
 def newest(directory: Path, name: str) -> Path:
@@ -37,14 +36,7 @@ def read(path: Path, *, like: CfgNode, sections: tuple[str, ...]) -> dict[str, A
 
     Refused if it holds anything but tensors and plain values.
     """
-    if not path.is_file():
-        raise ConfigError(f"CKPT {path}: no such file")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise SetupError(f"{path}: refused, it is no checkpoint or holds code") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise SetupError(f"{path}: not a whole checkpoint") from error
+    checkpoint = read_file(path, "CKPT")
     if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
         raise SetupError(f"{path}: not a checkpoint of train.py")
     _check_same(flatten(CfgNode.load_cfg(checkpoint["config"])), flatten(like), path, sections)

@@ -5,7 +5,6 @@ load -> override -> check -> freeze. Values are read by the type of their defaul
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +14,22 @@ import yaml
 from yacs.config import CfgNode
 
 from dropit import COMPRESS, STRATEGIES, VALUE_DTYPES
+from dropit.training.datasets import DATASETS, UNREADABLE
 from dropit.training.errors import ConfigError
-from dropit.training.models import ARCHS, STEMS
+from dropit.training.models import ARCHS, STEMS, known_arch, suggest
+from dropit.training.optim import NO_DECAY, OPTIMIZERS, SCHEDULES
+from dropit.training.transforms import AUTO_AUGMENTS, CROPS
 
 
 def defaults() -> CfgNode:
     """Every key with its default."""
     cfg = CfgNode()
 
-    # digits (inside scikit-learn), cifar100 or imagenet
+    # digits (inside scikit-learn), cifar10, cifar100, imagenet, folder (any image folder) or fake (random images)
     cfg.DATASET = "digits"
 
     cfg.TRAIN = CfgNode()
-    # Image folder, PATH/<class>/<image>; "" downloads what can be downloaded (cifar100)
+    # Image folder, PATH/<class>/<image>; "" downloads what can be downloaded (cifar10, cifar100)
     cfg.TRAIN.PATH = ""
     # pad (reflect by 4, random crop), random_resized (a random part, resized) or none
     cfg.TRAIN.CROP = "none"
@@ -35,6 +37,24 @@ def defaults() -> CfgNode:
     cfg.TRAIN.CROP_SCALE = [0.08, 1.0]
     # Flip left and right at random
     cfg.TRAIN.FLIP = False
+    # randaugment, trivialaugment, or a policy of AutoAugment by its data set (imagenet, cifar10, svhn); "" for none
+    cfg.TRAIN.AUTO_AUGMENT = ""
+    # Strength of randaugment, 0 to 30
+    cfg.TRAIN.MAGNITUDE = 9
+    # Probability that a part of the image is erased
+    cfg.TRAIN.ERASING = 0.0
+    # Alpha of MixUp; 0 for none; where CUTMIX is given as well, each batch takes one of them at random
+    cfg.TRAIN.MIXUP = 0.0
+    # Alpha of CutMix; 0 for none
+    cfg.TRAIN.CUTMIX = 0.0
+    # How often each image is drawn in a row, each time augmented anew; an epoch is as long as ever
+    cfg.TRAIN.REPEATS = 1
+    # What is computed in: 32, tf32 (GPU), bf16 or fp16 (GPU); the last two by autocast
+    cfg.TRAIN.PRECISION = "32"
+    # Compile the model by torch.compile
+    cfg.TRAIN.COMPILE = False
+    # Images and convolutions with the channels innermost in memory
+    cfg.TRAIN.CHANNELS_LAST = False
 
     cfg.VAL = CfgNode()
     # Image folder of the validation images, as TRAIN.PATH
@@ -51,7 +71,7 @@ def defaults() -> CfgNode:
     cfg.INPUT.STD = [0.229, 0.224, 0.225]
 
     cfg.MODEL = CfgNode()
-    # A torchvision classifier by name, or vit_tiny, resnet_tiny
+    # A torchvision classifier by name, vit_tiny, resnet_tiny, timm/NAME, or hf/NAME (a type or a local directory)
     cfg.MODEL.ARCH = "resnet18"
     # Outputs of the classifier
     cfg.MODEL.NUM_CLASSES = 1000
@@ -59,6 +79,16 @@ def defaults() -> CfgNode:
     cfg.MODEL.STEM = "imagenet"
     # Weights to start from: torchvision's name (IMAGENET1K_V1) or a local file; "" starts from scratch
     cfg.MODEL.PRETRAINED = ""
+    # Dropout; -1 for the model's own
+    cfg.MODEL.DROPOUT = -1.0
+    # Dropout of attention's weights; -1 for the model's own
+    cfg.MODEL.ATTENTION_DROPOUT = -1.0
+    # Largest rate of stochastic depth; -1 for the model's own
+    cfg.MODEL.DROP_PATH = -1.0
+    # Names of parameters or modules that are not trained; * matches any part of a name
+    cfg.MODEL.FREEZE = []
+    # Batch normalization over all processes together (GPUs); it is then left plain
+    cfg.MODEL.SYNC_BN = False
     # Drop parts of the Linear and Conv2d inputs, as DROPIT says
     cfg.MODEL.DROPIT = False
 
@@ -88,18 +118,40 @@ def defaults() -> CfgNode:
     cfg.DATALOADER = CfgNode()
     # Processes that load images, for each training process
     cfg.DATALOADER.NUM_WORKERS = 4
+    # Batches that each of them has ready
+    cfg.DATALOADER.PREFETCH = 2
+    # Keep the decoded images in memory, in uint8; they must be of one size
+    cfg.DATALOADER.CACHE = False
+    # Crop by pad, flip and normalize whole batches on the device, and not image by image
+    cfg.DATALOADER.ON_DEVICE = False
+    # What to do about an image that cannot be read: fail, or skip (another one takes its place)
+    cfg.DATALOADER.UNREADABLE = "fail"
 
     cfg.SOLVER = CfgNode()
-    # Samples in a step, over all processes together
+    # Samples in a step, over all processes and all batches that ACCUMULATE says
     cfg.SOLVER.BATCH_SIZE = 128
-    # Learning rate of SGD
+    # Batches that each process takes one after the other for one step
+    cfg.SOLVER.ACCUMULATE = 1
+    # sgd or adamw
+    cfg.SOLVER.OPTIMIZER = "sgd"
+    # Learning rate
     cfg.SOLVER.LR = 0.1
-    # Momentum of SGD
+    # Momentum of sgd
     cfg.SOLVER.MOMENTUM = 0.9
-    # L2 penalty, on every parameter
+    # Nesterov's momentum, of sgd
+    cfg.SOLVER.NESTEROV = False
+    # Decays of adamw's two averages
+    cfg.SOLVER.BETAS = [0.9, 0.999]
+    # L2 penalty of sgd, decoupled decay of adamw; on every parameter but for NO_DECAY
     cfg.SOLVER.WEIGHT_DECAY = 0.0
-    # multistep or cosine (to zero at MAX_EPOCHS)
+    # Kinds of parameters without weight decay: norm, bias, position (embeddings and tokens)
+    cfg.SOLVER.NO_DECAY = []
+    # Factor of the learning rate from each block to the block before it, for fine-tuning
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # multistep or cosine (to MIN_LR at MAX_EPOCHS)
     cfg.SOLVER.SCHEDULE = "multistep"
+    # Least learning rate
+    cfg.SOLVER.MIN_LR = 0.0
     # Factor of multistep
     cfg.SOLVER.GAMMA = 0.1
     # Epochs at which multistep applies it
@@ -110,9 +162,19 @@ def defaults() -> CfgNode:
     cfg.SOLVER.WARMUP_FACTOR = 0.1
     # Epochs to train
     cfg.SOLVER.MAX_EPOCHS = 90
+    # Largest norm of all gradients together, to which they are scaled down; 0 for none
+    cfg.SOLVER.CLIP_NORM = 0.0
+    # Part of each label that is spread over all classes
+    cfg.SOLVER.LABEL_SMOOTHING = 0.0
+    # Decay of the moving average of the weights, which is then what is evaluated and kept; 0 for none
+    cfg.SOLVER.EMA = 0.0
 
-    # Training processes, each on a device of its own
+    # Training processes of each node, each on a device of its own
     cfg.NUM_GPUS = 1
+    # Machines; each starts its own train.py, by torchrun or SLURM
+    cfg.NUM_NODES = 1
+    # How several processes share the work: ddp (each has the whole model) or fsdp (each a part of the weights)
+    cfg.PARALLEL = "ddp"
     # What they run on: gpu, cpu, or auto (GPUs where there are any)
     cfg.ACCELERATOR = "auto"
     # Epochs from one evaluation to the next
@@ -123,6 +185,8 @@ def defaults() -> CfgNode:
     cfg.OUTPUT_DIR = "outputs"
     # Of weights, shuffling, augmentation and the random strategy
     cfg.SEED = 42
+    # Steps after which to stop, to try a config out; nothing is written then. 0 to train in earnest
+    cfg.TRY_STEPS = 0
     return cfg
 
 
@@ -145,6 +209,7 @@ Check = tuple[str, Callable[[Any], bool]]
 POSITIVE: Check = ("at least 1", lambda value: value >= 1)
 NOT_NEGATIVE: Check = ("at least 0", lambda value: 0 <= value < float("inf"))
 FRACTION: Check = ("in [0, 1]", lambda value: 0 <= value <= 1)
+RATE: Check = ("in [0, 1), or -1 for the model's own", lambda value: 0 <= value < 1 or value == -1)
 
 
 def _three(what: str, fits: Callable[[float], bool]) -> Check:
@@ -152,12 +217,21 @@ def _three(what: str, fits: Callable[[float], bool]) -> Check:
 
 
 CHECKS: dict[str, Check] = {
+    "TRAIN.MAGNITUDE": ("in [0, 30]", lambda value: 0 <= value <= 30),
+    "TRAIN.ERASING": FRACTION,
+    "TRAIN.MIXUP": NOT_NEGATIVE,
+    "TRAIN.CUTMIX": NOT_NEGATIVE,
+    "TRAIN.REPEATS": POSITIVE,
     "TRAIN.CROP_SCALE": ("[low, high] with 0 < low <= high <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1),
     "VAL.RESIZE": NOT_NEGATIVE,
     "INPUT.SIZE": POSITIVE,
     "INPUT.MEAN": _three("in [0, 1]", lambda value: 0 <= value <= 1),
     "INPUT.STD": _three("above 0", lambda value: 0 < value < float("inf")),
     "MODEL.NUM_CLASSES": ("at least 2", lambda value: value >= 2),
+    "MODEL.ARCH": ("a torchvision classifier, vit_tiny, resnet_tiny, timm/NAME or hf/NAME", known_arch),
+    "MODEL.DROPOUT": RATE,
+    "MODEL.ATTENTION_DROPOUT": RATE,
+    "MODEL.DROP_PATH": RATE,
     "DROPIT.GAMMA": ("in [0, 1)", lambda value: 0 <= value < 1),
     "DROPIT.GAMMA_MIN": ("in [0, 1)", lambda value: 0 <= value < 1),
     "DROPIT.GAMMA_MAX": ("in [0, 1)", lambda value: 0 <= value < 1),
@@ -165,34 +239,49 @@ CHECKS: dict[str, Check] = {
     "DROPIT.PROBE_EVERY": NOT_NEGATIVE,
     "DROPIT.D": NOT_NEGATIVE,
     "DATALOADER.NUM_WORKERS": NOT_NEGATIVE,
+    "DATALOADER.PREFETCH": POSITIVE,
     "SOLVER.BATCH_SIZE": POSITIVE,
+    "SOLVER.ACCUMULATE": POSITIVE,
+    "SOLVER.CLIP_NORM": NOT_NEGATIVE,
+    "SOLVER.LABEL_SMOOTHING": ("in [0, 1)", lambda value: 0 <= value < 1),
+    "SOLVER.EMA": ("in [0, 1)", lambda value: 0 <= value < 1),
     "SOLVER.LR": ("above 0", lambda value: 0 < value < float("inf")),
     "SOLVER.MOMENTUM": FRACTION,
     "SOLVER.WEIGHT_DECAY": NOT_NEGATIVE,
+    "SOLVER.BETAS": ("two numbers in [0, 1)", lambda value: len(value) == 2 and all(0 <= beta < 1 for beta in value)),
+    "SOLVER.NO_DECAY": (f"of {', '.join(NO_DECAY)}", lambda value: set(value) <= set(NO_DECAY)),
+    "SOLVER.LAYER_DECAY": ("in (0, 1]", lambda value: 0 < value <= 1),
+    "SOLVER.MIN_LR": NOT_NEGATIVE,
     "SOLVER.GAMMA": FRACTION,
     "SOLVER.MILESTONES": ("increasing epochs", lambda v: list(v) == sorted({*v} - {0})),
     "SOLVER.WARMUP_EPOCHS": NOT_NEGATIVE,
     "SOLVER.WARMUP_FACTOR": ("in (0, 1]", lambda value: 0 < value <= 1),
     "SOLVER.MAX_EPOCHS": POSITIVE,
     "NUM_GPUS": POSITIVE,
+    "NUM_NODES": POSITIVE,
+    "TRY_STEPS": NOT_NEGATIVE,
     "CHECK_VAL_EVERY_N_EPOCH": POSITIVE,
     "SEED": ("in [0, 2^32)", lambda value: 0 <= value < 2**32),
 }
 
 CHOICES: dict[str, Sequence[str]] = {
-    "DATASET": ("digits", "cifar100", "imagenet"),
-    "TRAIN.CROP": ("none", "pad", "random_resized"),
-    "MODEL.ARCH": ARCHS,
+    "DATASET": DATASETS,
+    "TRAIN.CROP": CROPS,
+    "TRAIN.AUTO_AUGMENT": AUTO_AUGMENTS,
+    "DATALOADER.UNREADABLE": UNREADABLE,
+    "TRAIN.PRECISION": ("32", "tf32", "bf16", "fp16"),
     "MODEL.STEM": STEMS,
     "DROPIT.STRATEGY": tuple(STRATEGIES),
     "DROPIT.COMPRESS": COMPRESS,
     "DROPIT.VALUE_DTYPE": ("", *VALUE_DTYPES),
-    "SOLVER.SCHEDULE": ("multistep", "cosine"),
+    "SOLVER.OPTIMIZER": OPTIMIZERS,
+    "SOLVER.SCHEDULE": SCHEDULES,
     "ACCELERATOR": ("auto", "gpu", "cpu"),
+    "PARALLEL": ("ddp", "fsdp"),
 }
 
 # What the lists hold that are empty by default.
-_ELEMENT_TYPES = {"SOLVER.MILESTONES": int, "DROPIT.SKIP": str}
+_ELEMENT_TYPES = {"SOLVER.MILESTONES": int, "SOLVER.NO_DECAY": str, "DROPIT.SKIP": str, "MODEL.FREEZE": str}
 _NUMBERS = {int: "an integer", float: "a number", bool: "true or false"}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -259,7 +348,7 @@ def _nearest_files(path: Path) -> str:
         names = [other.name for other in path.parent.iterdir() if other.suffix in {".yaml", ".yml"}]
     except OSError:
         return ""
-    return _suggest(path.name, names)
+    return suggest(path.name, names)
 
 
 def _entries(mapping: yaml.Node, place: Place) -> Iterator[tuple[str, yaml.Node, Place]]:
@@ -306,7 +395,7 @@ def _set(cfg: CfgNode, origins: dict[str, Place], key: str, node: yaml.Node, pla
         known = "".join(f"{above}." for above in sections[:depth])
         if not isinstance(parent, CfgNode) or section not in parent:
             valid = list(parent) if isinstance(parent, CfgNode) else []
-            raise ConfigError(f"{known}{section}: no such key{_suggest(section, valid)} ({place})")
+            raise ConfigError(f"{known}{section}: no such key{suggest(section, valid)} ({place})")
         if depth < len(sections):
             parent = parent[section]
     if not isinstance(parent[name], CfgNode):
@@ -368,22 +457,19 @@ def _check(cfg: CfgNode, origins: dict[str, Place]) -> None:
 
     for key, choices in CHOICES.items():
         if values[key] not in choices:
-            near = _suggest(values[key], choices)
-            refuse(key, f"one of {', '.join(choices)}" if len(choices) < 12 else f"a known name{near}")
+            refuse(key, f"one of {', '.join(filter(None, choices))}")
     for key, (must, fits) in CHECKS.items():
         if not fits(values[key]):
-            refuse(key, must)
-    if cfg.SOLVER.BATCH_SIZE % cfg.NUM_GPUS:
-        refuse("SOLVER.BATCH_SIZE", f"a multiple of NUM_GPUS ({cfg.NUM_GPUS}), as it is the total over all processes")
+            refuse(key, must + (suggest(values[key], ARCHS) if key == "MODEL.ARCH" else ""))
+    shares = cfg.NUM_NODES * cfg.NUM_GPUS * cfg.SOLVER.ACCUMULATE
+    if cfg.SOLVER.BATCH_SIZE % shares:
+        refuse("SOLVER.BATCH_SIZE", f"a multiple of NUM_NODES * NUM_GPUS * SOLVER.ACCUMULATE ({shares}), its shares")
+    if cfg.SOLVER.ACCUMULATE > 1 and cfg.DROPIT.PROBE_EVERY:
+        refuse("DROPIT.PROBE_EVERY", "0 with SOLVER.ACCUMULATE, as it compares the gradients of one batch")
+    if cfg.PARALLEL == "fsdp" and (cfg.SOLVER.EMA or cfg.DROPIT.PROBE_EVERY):
+        refuse("PARALLEL", "ddp with SOLVER.EMA or DROPIT.PROBE_EVERY, which need whole weights")
 
 
 def _shown(node: yaml.Node) -> str:
     kind = "list" if isinstance(node, yaml.SequenceNode) else "mapping"
     return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {kind}"
-
-
-def _suggest(name: str, valid: Sequence[str]) -> str:
-    # Compared in lower case: GAMA and gamma both mean GAMMA.
-    by_lower = {other.lower(): other for other in valid}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f"; did you mean {by_lower[near[0]]}?" if near else ""

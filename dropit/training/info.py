@@ -20,15 +20,15 @@ def describe(
     converted: Callable[[], nn.Module] | None,
     input_shape: Sequence[int],
     *,
-    momentum: bool,
+    moments: int,
 ) -> None:
-    """Print the model's size and work, its coverage, its cache and the memory that a step of SGD is predicted to need.
+    """Print the model's size and work, its coverage, its cache and the memory that a step is predicted to need.
 
     ``plain`` and ``converted`` build the model; ``converted`` is None where nothing is dropped. ``input_shape``: of
-    one process's batch, (N, C, H, W).
+    one process's batch, (N, C, H, W). ``moments``: tensors that the optimizer keeps for each parameter.
     """
-    with torch.device("meta"):
-        model = (converted or plain)().train()
+    plain_model = _on_meta(plain)
+    model = plain_model if converted is None else _on_meta(converted)
     shape = " x ".join(map(str, input_shape))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"model        {title}, {parameters / 1e6:.2f} M parameters")
@@ -37,14 +37,22 @@ def describe(
     if converted is not None:
         _print_coverage(model)
     print()
-    cache = estimate_cache(plain, input_shape)
-    if converted is not None:
-        before, cache = cache, estimate_cache(converted, input_shape)
-        cache.show(before)
-    else:
+    cache = estimate_cache(model, input_shape)
+    if converted is None:
         cache.show()
+    else:
+        cache.show(estimate_cache(plain_model, input_shape))
     print()
-    _print_peak(model, input_shape, cache.total_bytes, momentum=momentum)
+    _print_peak(model, input_shape, cache.total_bytes, moments=moments)
+
+
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model without its values, in training mode."""
+    try:
+        with torch.device("meta"):
+            return build().train()
+    except NotImplementedError:  # its first weights depend on values, as a RegNet's
+        return build().to("meta").train()
 
 
 def _print_coverage(model: nn.Module) -> None:
@@ -64,13 +72,13 @@ def _flops(model: nn.Module, input_shape: Sequence[int]) -> int:
     return int(counter.get_total_flops())
 
 
-def _print_peak(model: nn.Module, input_shape: Sequence[int], cache: int, *, momentum: bool) -> None:
+def _print_peak(model: nn.Module, input_shape: Sequence[int], cache: int, *, moments: int) -> None:
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     parts = {
         "weights and buffers": weights,
         "gradients": gradients,
-        "optimizer state": gradients if momentum else 0,
+        "optimizer state": moments * gradients,
         "cache": cache,
         "largest transient": _largest_transient(model, input_shape),
     }

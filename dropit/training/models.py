@@ -1,55 +1,202 @@
-"""The models: torchvision's classifiers, two tiny ones of the same classes, and pretrained weights."""
+"""The models: torchvision's classifiers, two tiny ones of the same classes, and those of timm and transformers."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Callable
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
-from urllib.error import URLError
+from typing import Any, get_type_hints
 
 import torch
 import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import StochasticDepth
 
 from dropit.training.errors import ConfigError, SetupError
 
 
-def vit_tiny(num_classes: int, image_size: int) -> nn.Module:
+def vit_tiny(num_classes: int, image_size: int, **rates: float) -> tv.VisionTransformer:
     """A ViT of 4 layers, 96 channels and 4 x 4 patches: 0.5 M parameters."""
-    return tv.VisionTransformer(  # type: ignore[no-any-return]
-        image_size, image_size // 4, num_layers=4, num_heads=3, hidden_dim=96, mlp_dim=384, num_classes=num_classes
-    )
+    patch, shape = image_size // 4, {"num_layers": 4, "num_heads": 3, "hidden_dim": 96, "mlp_dim": 384}
+    return tv.VisionTransformer(image_size, patch, num_classes=num_classes, **shape, **rates)
 
 
-def resnet_tiny(num_classes: int) -> nn.Module:
+def resnet_tiny(num_classes: int) -> ResNet:
     """A ResNet of one basic block in each of four stages: 5 M parameters."""
-    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)  # type: ignore[no-any-return]
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
 TINY: dict[str, Callable[..., nn.Module]] = {"vit_tiny": vit_tiny, "resnet_tiny": resnet_tiny}
 ARCHS: tuple[str, ...] = (*TINY, *tv.list_models(module=tv))
 STEMS = ("imagenet", "cifar")
-# The classifier of torchvision's models, the one part that pretrained weights may not fit.
-HEADS = ("fc.", "heads.", "head.", "classifier.")
+# How each key is called by the classes that take it: torchvision's, timm's, transformers'.
+_RATES = {
+    "MODEL.DROPOUT": ("dropout", "mlp_dropout", "drop_rate", "hidden_dropout_prob"),
+    "MODEL.ATTENTION_DROPOUT": ("attention_dropout", "attn_drop_rate", "attention_probs_dropout_prob"),
+    "MODEL.DROP_PATH": ("stochastic_depth_prob", "drop_path_rate"),
+}
+
+
+def known_arch(name: str) -> bool:
+    """Whether ``name`` is one of ARCHS, or reads timm/NAME or hf/NAME, which are looked up when they are built."""
+    library, _, inner = name.partition("/")
+    return name in ARCHS or (library == "hf" and bool(inner)) or (library == "timm" and _is_plain(inner))
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it is a name alone: timm takes addresses of weights, too."""
+    return re.fullmatch(r"[\w.]+", name) is not None
+
+
+def suggest(name: str, valid: Iterable[str], count: int = 1) -> str:
+    """'; did you mean ...?' with the nearest of the valid names, in any case of letters; empty if none is near."""
+    by_lower = {other.lower(): other for other in valid}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=count)
+    return f"; did you mean {', '.join(by_lower[other] for other in near)}?" if near else ""
 
 
 def build_model(
-    arch: str, num_classes: int, image_size: int = 224, *, stem: str = "imagenet", pretrained: str = ""
+    arch: str,
+    num_classes: int,
+    image_size: int = 224,
+    *,
+    stem: str = "imagenet",
+    dropout: float | None = None,
+    attention_dropout: float | None = None,
+    drop_path: float | None = None,
 ) -> nn.Module:
-    """The model called ``arch``, from scratch or from weights by torchvision's name or in a local file."""
-    options = {"image_size": image_size} if arch.startswith("vit_") else {}
-    model = _builder(arch)(num_classes=num_classes, **options)
+    """The model called ``arch``, (N, 3, image_size, image_size) -> (N, num_classes), with its first weights.
+
+    ``dropout``, ``attention_dropout`` and ``drop_path`` (stochastic depth) in [0, 1); None leaves the model's own.
+    Raises ConfigError for a model that takes none, or that has no such name or size, SetupError without its library.
+    """
+    rates = {"MODEL.DROPOUT": dropout, "MODEL.ATTENTION_DROPOUT": attention_dropout, "MODEL.DROP_PATH": drop_path}
+    given = {key: rate for key, rate in rates.items() if rate is not None}
+    library, _, name = arch.partition("/")
+    build = {"timm": _build_timm, "hf": _build_hf}.get(library, _build_torchvision)
+    try:
+        model = build(arch if build is _build_torchvision else name, num_classes, image_size, given)
+    except NotImplementedError:  # on the meta device, which has no values to start from
+        raise
+    except (AssertionError, ArithmeticError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"MODEL.ARCH {arch} with INPUT.SIZE {image_size}: {reason}") from error
     if stem == "cifar":
         _use_cifar_stem(arch, model)
-    if pretrained:
-        _load_weights(model, _read_weights(arch, pretrained), pretrained)
     return model
 
 
-def _builder(arch: str) -> Callable[..., nn.Module]:
-    return TINY.get(arch) or tv.get_model_builder(arch)  # type: ignore[no-any-return]
+def _build_torchvision(arch: str, num_classes: int, image_size: int, rates: dict[str, float]) -> nn.Module:
+    if arch not in ARCHS:
+        raise _unknown(arch, "a torchvision classifier, timm/NAME or hf/NAME", arch, ARCHS)
+    builder = TINY.get(arch) or tv.get_model_builder(arch)
+    options: dict[str, Any] = _named(rates, _parameters(get_type_hints(builder)["return"]), arch)
+    # These two builders pass a rate of their own.
+    depth = options.pop("stochastic_depth_prob", None) if arch.startswith(("swin_", "maxvit_")) else None
+    if arch.startswith("vit_"):
+        options["image_size"] = image_size
+    elif arch.startswith("maxvit_"):
+        options["input_size"] = (image_size, image_size)
+    elif arch in {"googlenet", "inception_v3"}:
+        options |= {"aux_logits": False, "init_weights": True}  # else its outputs are not logits alone
+    model: nn.Module = builder(num_classes=num_classes, **options)
+    if depth is not None:
+        _scale_stochastic_depth(model, depth)
+    return model
+
+
+def _scale_stochastic_depth(model: nn.Module, rate: float) -> None:
+    """Give the last block this rate; those before it rise to it linearly, as they did."""
+    layers = [module for module in model.modules() if isinstance(module, StochasticDepth)]
+    last = max(layer.p for layer in layers)
+    for layer in layers:
+        layer.p *= rate / last
+
+
+def _build_timm(name: str, num_classes: int, image_size: int, rates: dict[str, float]) -> nn.Module:
+    timm = _import("timm", "timm")
+    if not _is_plain(name) or not timm.is_model(name):
+        raise _unknown(f"timm/{name}", "a model of timm", name, timm.list_models())
+    options: dict[str, Any] = {}
+    if rates:
+        with torch.device("meta"):
+            taken = _parameters(type(timm.create_model(name)))
+        options |= _named(rates, taken, f"timm/{name}")
+    if timm.get_pretrained_cfg(name).fixed_input_size:
+        options["img_size"] = image_size
+    return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)  # type: ignore[no-any-return]
+
+
+def _build_hf(name: str, num_classes: int, image_size: int, rates: dict[str, float]) -> nn.Module:
+    transformers = _import("transformers", "hf")
+    transformers.logging.set_verbosity_error()
+    config = _hf_config(transformers, name)
+    config.num_labels = num_classes
+    if hasattr(config, "image_size"):
+        config.image_size = image_size
+    for argument, rate in _named(rates, config.to_dict(), f"hf/{name}").items():
+        setattr(config, argument, rate)
+    config.architectures = config.architectures or []  # None is an error where a type has two classes
+    model: nn.Module = transformers.AutoModelForImageClassification.from_config(
+        config,
+        trust_remote_code=False,
+        attn_implementation=None,  # a config.json may name one that would be downloaded and run
+    )
+    model.register_forward_hook(_logits)
+    return model
+
+
+def _hf_config(transformers: Any, name: str) -> Any:
+    """The default config of a model type, or that of a local directory; nothing is fetched or run."""
+    types = [config.model_type for config in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING]
+    if name in types:
+        return transformers.AutoConfig.for_model(name)
+    if not name or not Path(name).is_dir():
+        expected = "a model type of transformers' image classifiers or a local directory"
+        raise _unknown(f"hf/{name}", expected, name, types)
+    try:
+        return transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each mistake in a config.json is an error of another type
+        raise ConfigError(f"MODEL.ARCH hf/{name}: holds no config.json that transformers can read") from error
+
+
+def _logits(module: nn.Module, args: Any, output: Any) -> Tensor:
+    """A hook, so that the names of the layers stay transformers' own."""
+    return output.logits  # type: ignore[no-any-return]
+
+
+def _import(library: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise SetupError(f'MODEL.ARCH {extra}/... needs {library}: pip install "dropit[{extra}]"') from error
+
+
+def _unknown(arch: str, expected: str, name: str, valid: Iterable[str]) -> ConfigError:
+    return ConfigError(f"MODEL.ARCH must be {expected}, got {arch!r}{suggest(name, valid, 3)}")
+
+
+def _parameters(model_class: type) -> set[str]:
+    """What a class can be built with, its parents' parameters among it."""
+    return {
+        name for base in model_class.__mro__ for name in inspect.signature(vars(base).get("__init__", base)).parameters
+    }
+
+
+def _named(rates: dict[str, float], taken: Collection[str], arch: str) -> dict[str, float]:
+    """The rates by the names that the model takes them under."""
+    named = {}
+    for key, rate in rates.items():
+        name = next((name for name in _RATES[key] if name in taken), None)
+        if name is not None:
+            named[name] = rate
+        elif rate:
+            raise ConfigError(f"{key} must be 0, or -1 for the model's own, as {arch} takes none, got {rate:g}")
+    return named
 
 
 def _use_cifar_stem(arch: str, model: nn.Module) -> None:
@@ -59,50 +206,3 @@ def _use_cifar_stem(arch: str, model: nn.Module) -> None:
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
-
-
-def _read_weights(arch: str, pretrained: str) -> dict[str, Tensor]:
-    names = [weights.name for weights in tv.get_model_weights(arch)] if arch not in TINY else []
-    if pretrained in names:
-        return _download(arch, pretrained)
-    if not Path(pretrained).is_file():
-        known = f"one of {', '.join(names)} or " if names else ""
-        raise ConfigError(f"MODEL.PRETRAINED must be {known}a local file, got {pretrained!r}")
-    return read_state_dict(Path(pretrained))
-
-
-def _download(arch: str, name: str) -> dict[str, Tensor]:
-    try:
-        weights = tv.get_model_weights(arch)[name]
-        return weights.get_state_dict(progress=True, check_hash=True)  # type: ignore[no-any-return]
-    except (URLError, OSError) as error:
-        raise SetupError(
-            f"MODEL.PRETRAINED {name} could not be downloaded ({error}); give a local file, or '' to start from scratch"
-        ) from error
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The weights in a file: a plain state_dict, or one under "state_dict" or "model"; no code in it is run."""
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(f"{path}: refused, it holds more than tensors and plain values") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ConfigError(f"{path}: not a file of weights") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"{path}: holds no state_dict")
-    return {key.removeprefix("model."): value for key, value in content.items()}
-
-
-def _load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load all but a classifier of another size; anything else that does not fit is an error."""
-    own = model.state_dict()
-    misfits = [key for key in weights if key not in own or own[key].shape != weights[key].shape]
-    misfits += [key for key in own if key not in weights]
-    wrong = [key for key in misfits if not key.startswith(HEADS)]
-    if wrong:
-        raise ConfigError(f"MODEL.PRETRAINED {source} does not fit the model: {wrong[0]} (and {len(wrong) - 1} more)")
-    model.load_state_dict({key: value for key, value in weights.items() if key not in misfits}, strict=False)

@@ -9,25 +9,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pytorch_lightning import Trainer
+import torch
+from pytorch_lightning import Trainer, seed_everything
 from yacs.config import CfgNode
 
 from dropit import coverage
 from dropit.training import checkpoints
 from dropit.training.builders import (
+    batch_size,
+    build_averaging,
+    build_cache_monitor,
     build_checkpointing,
     build_classifier,
     build_data,
     build_network,
+    build_recipe,
     build_trainer,
+    check_machine,
     pick_accelerator,
+    processes,
 )
 from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
 from dropit.training.config import load
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.info import describe
+from dropit.training.module import Classifier
 from dropit.training.probe import GradientProbe
+from dropit.training.timing import as_table, time_loading, time_steps
 
+_TIMED_STEPS = 20
 _KNOWN_WARNINGS = (
     ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
     ".*does not have many workers.*",
@@ -50,8 +60,9 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     classifier = build_classifier(cfg, pretrained=not resume, sample=data.sample())
     _make(directory)
 
-    cache, speed, (best, last) = CacheMonitor(), SpeedMonitor(), build_checkpointing()
-    callbacks = [cache, speed, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
+    cache, speed, (best, last) = build_cache_monitor(cfg), SpeedMonitor(), build_checkpointing()
+    averaging = build_averaging(cfg)  # before the checkpoints, which keep the average
+    callbacks = [cache, speed, *averaging, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
     if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY:
         callbacks.insert(0, GradientProbe(cfg.DROPIT.PROBE_EVERY))  # before the cache is measured: its steps are not
     if not sys.stdout.isatty():
@@ -59,7 +70,8 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     # A run that is taken up again goes on in its own logs; one from elsewhere gets new ones.
     known = checkpoint is not None and directory.resolve() in checkpoint.resolve().parents
     version = checkpoints.version_dir(checkpoint).name if checkpoint and known else None
-    trainer = build_trainer(cfg, directory, callbacks, version, log_every=min(10, data.steps_per_epoch(cfg.NUM_GPUS)))
+    steps = data.steps_per_epoch(processes(cfg)) // cfg.SOLVER.ACCUMULATE
+    trainer = build_trainer(cfg, directory, callbacks, version, log_every=max(1, min(10, steps)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
         report = coverage(classifier.model)
         chosen = f"{cfg.DROPIT.BUDGET_MB:g} MiB" if cfg.DROPIT.BUDGET_MB else f"gamma {cfg.DROPIT.GAMMA}"
@@ -67,10 +79,15 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     if not trainer.is_global_zero:
         return
+    if cfg.TRY_STEPS:
+        print(f"tried {cfg.TRY_STEPS} steps and an evaluation; nothing was written")
+        return
     if not speed.measured:
         print(f"nothing left to train: {checkpoint} is at the end of SOLVER.MAX_EPOCHS {cfg.SOLVER.MAX_EPOCHS}")
         return
     print(_summary(trainer, cache, speed, best.best_model_score))
+    if data.skipped:
+        print(f"unreadable   {len(data.skipped)} images were left out, the first of them {data.skipped[0]}")
 
 
 def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
@@ -97,14 +114,48 @@ def info(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
         raise ConfigError("--resume is for --mode train")
     _quiet()
     cfg = load(cfg_path, overrides)
-    batch = cfg.SOLVER.BATCH_SIZE // cfg.NUM_GPUS
+    batch = batch_size(cfg)
     describe(
         f"{cfg.MODEL.ARCH} on {cfg.DATASET}",
         lambda: build_network(cfg, dropit=False),
         (lambda: build_network(cfg, dropit=True)) if cfg.MODEL.DROPIT else None,
         (batch, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE),
-        momentum=cfg.SOLVER.MOMENTUM > 0,
+        moments=2 if cfg.SOLVER.OPTIMIZER == "adamw" else int(cfg.SOLVER.MOMENTUM > 0),
     )
+
+
+def time(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Print where the time of a step of one process goes, and what the loader alone could do."""
+    if resume:
+        raise ConfigError("--resume is for --mode train")
+    cfg = _start(cfg_path, overrides)
+    data = build_data(cfg)
+    loader = data.train_dataloader()
+    device = torch.device("cuda" if pick_accelerator(cfg) == "gpu" else "cpu")
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.TRAIN.PRECISION)
+    steps = cfg.TRY_STEPS or _TIMED_STEPS
+    print(f"{cfg.MODEL.ARCH} on {cfg.DATASET}: means of {steps} steps of {batch_size(cfg)} images, on {device}")
+    columns = {}
+    for name in ("plain", *(["DropIT"] if cfg.MODEL.DROPIT else [])):
+        seed_everything(cfg.SEED, verbose=False)
+        model = build_network(cfg, dropit=name == "DropIT", sample=data.sample()).to(device).train()
+        classifier = Classifier(model, cfg.MODEL.NUM_CLASSES, build_recipe(cfg), channels_last=cfg.TRAIN.CHANNELS_LAST)
+        if cfg.TRAIN.COMPILE:
+            model.compile()
+        optimizer = classifier.configure_optimizers()["optimizer"]
+        columns[name] = time_steps(
+            classifier,
+            loader,
+            data.train.finish,
+            classifier.criterion,
+            optimizer,
+            device,
+            steps=steps,
+            autocast=autocast,
+        )
+    print(as_table(columns, batch_size(cfg)))
+    alone = time_loading(loader, steps)
+    print(f"the loader alone gives {batch_size(cfg) / alone:.0f} images/s, {alone * 1e3:.1f} ms for a batch")
 
 
 def run_dir(cfg_path: str | Path, output_dir: str | Path) -> Path:
@@ -117,7 +168,8 @@ def _start(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
     """Read the config and refuse at once what this machine cannot run."""
     _quiet()
     cfg = load(cfg_path, overrides)
-    pick_accelerator(cfg)
+    check_machine(cfg)
+    torch.set_float32_matmul_precision("high" if cfg.TRAIN.PRECISION == "tf32" else "highest")
     return cfg
 
 

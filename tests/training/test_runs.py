@@ -148,7 +148,7 @@ BAD = {
     "odd overrides": (["SEED"], 2, "SEED has no value"),
     "wrong type": (["SOLVER.MAX_EPOCHS", "many"], 2, "SOLVER.MAX_EPOCHS must be an integer, got 'many'"),
     "unknown arch": (["MODEL.ARCH", "vit_tinny"], 2, "did you mean vit_tiny?"),
-    "unknown data set": (["DATASET", "mnist"], 2, "DATASET must be one of digits, cifar100, imagenet"),
+    "unknown data set": (["DATASET", "mnist"], 2, "DATASET must be one of digits, cifar10, cifar100, imagenet"),
     "missing data": (["TRAIN.PATH", "no/such"], 1, "TRAIN.PATH no/such is not a directory: expected"),
     "no layer converted": (["DROPIT.SKIP", "*"], 2, "converted 0 of 14"),
     "too few GPUs": (["NUM_GPUS", "2", "ACCELERATOR", "gpu"], 1, "ACCELERATOR cpu runs on the CPU"),

@@ -1,0 +1,38 @@
+"""Weights shared out over the processes by FSDP2, block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from dropit.training.module import Classifier
+
+
+class ShardedClassifier(Classifier):
+    """A Classifier of whose weights each process keeps a part; made whole a block at a time, to compute with."""
+
+    def configure_model(self) -> None:
+        """Shard the model, once; Lightning calls this where the processes know of each other."""
+        if not getattr(self, "_sharded", False):
+            shard(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+            self._sharded = True
+
+
+def shard(model: nn.Module, mesh: Any) -> nn.Module:
+    """Shard each block of ``model``, and with the model itself what is in none. Returns the model."""
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """What stands in a row in a Sequential or a ModuleList and has parts of its own, but is not within another one."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        in_a_row = isinstance(model, (nn.Sequential, nn.ModuleList)) and any(child.parameters())
+        compound = isinstance(child, nn.Module) and any(True for _ in child.children())
+        found += [child] if in_a_row and compound and not isinstance(child, nn.Sequential) else blocks(child)
+    return found
