@@ -44,6 +44,7 @@ def awkward(rng, n, dtype):
 def test_random_arrays(dtype, seed, monkeypatch):
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(cpu, "_PIECE", int(rng.choice([256, 1024, 2**18])))
+    monkeypatch.setattr(cpu, "_MANY", int(rng.choice([0, 2**23])))
     for _ in range(40):
         n, block_size = int(rng.integers(1, 5000)), int(rng.choice([1, 7, 100, 256, 300, 1024, 6000]))
         rest = n % block_size
@@ -95,6 +96,7 @@ def test_marks(dtype, monkeypatch):
 def test_several_pieces_and_threads_change_nothing(strategy, monkeypatch):
     x = torch.randn(3 * cpu._PIECE // 64 + 17).round(decimals=2)
     monkeypatch.setattr(cpu, "_PIECE", 4096)
+    monkeypatch.setattr(cpu, "_MANY", 0)
     threads, results = torch.get_num_threads(), []
     for count in (1, 2, 4):
         torch.set_num_threads(count)
@@ -147,6 +149,7 @@ def test_training_is_the_same_for_fifty_steps(monkeypatch):
 
 def test_several_threads_may_pack_at_once(monkeypatch):
     monkeypatch.setattr(cpu, "_PIECE", 1024)
+    monkeypatch.setattr(cpu, "_MANY", 0)
     xs = [torch.randn(20_000) for _ in range(8)]
     expected = [FastMinK(0.9).pack(x) for x in xs]
     with ThreadPoolExecutor(4) as pool:
@@ -158,11 +161,12 @@ def test_several_threads_may_pack_at_once(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_packs_too(monkeypatch):
     monkeypatch.setattr(cpu, "_PIECE", 1024)
+    monkeypatch.setattr(cpu, "_MANY", 0)
     x = torch.randn(20_000)
     FastMinK(0.9).pack(x)
     process = os.fork()
     if process == 0:
-        cpu._in_threads(lambda start: None, [(0,), (1,)])
+        cpu._in_threads(2, lambda start: None, [(0,), (1,)])
         os._exit(0)
     assert os.waitpid(process, 0)[1] == 0
 
