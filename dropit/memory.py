@@ -195,7 +195,7 @@ class CacheMeter:
     def _entry(self, group: list[_Saved]) -> Held:
         first = group[0]
         modules = tuple(saved.module for saved in group)
-        return Held(first.storage.cdata, first.nbytes, first.dtype, modules, tuple(map(self._operator_of, group)))
+        return Held(first.storage.cdata, first.held_bytes(), first.dtype, modules, tuple(map(self._operator_of, group)))
 
     def _operator_of(self, saved: _Saved) -> str:
         if saved.module == OUTSIDE:
@@ -216,6 +216,10 @@ class _Saved:
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         self.module = module
         self.node = node
+
+    def held_bytes(self) -> int:
+        """Of the storage as it is now: FSDP lets weights go that it will gather again."""
+        return self.nbytes if self.tensor is None else self.tensor.untyped_storage().nbytes()
 
 
 def _is_read(leaf: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Callback, Trainer, seed_everything
 from pytorch_lightning.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -66,7 +68,7 @@ def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False, sampl
         drop_path=_rate(cfg.MODEL.DROP_PATH),
     )
     if pretrained and cfg.MODEL.PRETRAINED:
-        print(f"pretrained   {load_pretrained(model, cfg.MODEL.PRETRAINED, cfg.MODEL.ARCH)}")
+        _say(f"pretrained   {load_pretrained(model, cfg.MODEL.PRETRAINED, cfg.MODEL.ARCH)}")
     if cfg.MODEL.SYNC_BN:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if cfg.MODEL.FREEZE:
@@ -74,6 +76,9 @@ def build_network(cfg: CfgNode, *, dropit: bool, pretrained: bool = False, sampl
     if dropit:
         convert(model, cfg, sample)
     return model
+
+
+_say = rank_zero_only(print)
 
 
 def _rate(given: float) -> float | None:
@@ -90,25 +95,33 @@ def convert(model: nn.Module, cfg: CfgNode, sample: Batch | None = None) -> None
         return not any(fnmatch(fqn, pattern) for pattern in skipped)
 
     try:
-        to_dropit(
-            model,
-            cfg.DROPIT.STRATEGY,
-            cfg.DROPIT.GAMMA,
-            compress=cfg.DROPIT.COMPRESS,
-            value_dtype=cfg.DROPIT.VALUE_DTYPE or None,
-            filter_fn=wanted,
-            block_size=block_size,
-            **budget,
-        )
+        with autocast(cfg) if budget else nullcontext():
+            to_dropit(
+                model,
+                cfg.DROPIT.STRATEGY,
+                cfg.DROPIT.GAMMA,
+                compress=cfg.DROPIT.COMPRESS,
+                value_dtype=cfg.DROPIT.VALUE_DTYPE or None,
+                filter_fn=wanted,
+                block_size=block_size,
+                **budget,
+            )
     except ValueError as error:
         keys = "DROPIT.BUDGET_MB" if budget else f"MODEL.DROPIT with DROPIT.SKIP {skipped}"
         raise ConfigError(f"{keys}: {error}") from error
 
 
+def autocast(cfg: CfgNode) -> torch.autocast:
+    """What TRAIN.PRECISION computes in, for what Lightning does not run."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.TRAIN.PRECISION)
+    return torch.autocast("cuda" if pick_accelerator(cfg) == "gpu" else "cpu", dtype, enabled=dtype is not None)
+
+
 def _budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> dict[str, Any]:
     """What to_dropit takes of a budget; it is measured where the model will train."""
     gpu = pick_accelerator(cfg) == "gpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))
+    device = torch.device("cuda", int(local)) if gpu else torch.device("cpu")
     images, labels = (tensor.to(device) for tensor in sample)
     model.to(device).train()
     return {
@@ -233,6 +246,7 @@ def build_trainer(
         devices=cfg.NUM_GPUS,
         num_nodes=cfg.NUM_NODES,
         strategy=_strategy(cfg),
+        plugins=_plugins(),
         precision=_PRECISIONS[cfg.TRAIN.PRECISION],  # type: ignore[arg-type]
         max_epochs=cfg.SOLVER.MAX_EPOCHS,
         fast_dev_run=cfg.TRY_STEPS,
@@ -260,6 +274,12 @@ def _strategy(cfg: CfgNode) -> Any:
     if is_sharded(cfg):
         return ModelParallelStrategy(processes(cfg), 1, save_distributed_checkpoint=False)
     return "ddp"
+
+
+def _plugins() -> list[Any]:
+    """Under SLURM the batch script queues a job again, and Lightning does not, which would leave files of its own."""
+    slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if slurm else []
 
 
 def check_machine(cfg: CfgNode) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from dropit.training.optim import Recipe, build_optimizer, build_schedule
@@ -36,6 +36,7 @@ class Classifier(LightningModule):
         self.channels_last = channels_last
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.val_criterion = nn.CrossEntropyLoss()
+        self.val_loss = MeanMetric()  # Lightning's own mean counts the samples of several processes in whole numbers
         self.accuracy = MetricCollection(
             {f"val/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
         )
@@ -58,7 +59,8 @@ class Classifier(LightningModule):
         images, labels = batch
         logits = self(images)
         self.accuracy.update(logits, labels)
-        self.log("val/loss", self.val_criterion(logits, labels), sync_dist=True, batch_size=len(images))
+        self.val_loss.update(self.val_criterion(logits, labels), len(images))
+        self.log("val/loss", self.val_loss)
         self.log_dict(self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:

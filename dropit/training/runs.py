@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from dropit import coverage
 from dropit.training import checkpoints
 from dropit.training.builders import (
+    autocast,
     batch_size,
     build_averaging,
     build_cache_monitor,
@@ -62,7 +63,8 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
 
     cache, speed, (best, last) = build_cache_monitor(cfg), SpeedMonitor(), build_checkpointing()
     averaging = build_averaging(cfg)  # before the checkpoints, which keep the average
-    callbacks = [cache, speed, *averaging, best, last, Dashboard(_hparams(cfg)), checkpoints.ConfigKeeper(cfg)]
+    callbacks = [cache, speed, *averaging, best, last, Dashboard(_hparams(cfg))]
+    callbacks += [checkpoints.ConfigKeeper(cfg), checkpoints.RandomKeeper(), checkpoints.Interruptions(last)]
     if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY:
         callbacks.insert(0, GradientProbe(cfg.DROPIT.PROBE_EVERY))  # before the cache is measured: its steps are not
     if not sys.stdout.isatty():
@@ -76,7 +78,12 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
         report = coverage(classifier.model)
         chosen = f"{cfg.DROPIT.BUDGET_MB:g} MiB" if cfg.DROPIT.BUDGET_MB else f"gamma {cfg.DROPIT.GAMMA}"
         print(f"DropIT: {cfg.DROPIT.STRATEGY}, {chosen}: {report.summary()} layers")
-    trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+    except checkpoints.Interruption as stopped:
+        if trainer.is_global_zero:
+            print(f"train.py: stopped by {stopped.name}; --resume goes on from {stopped.saved}", file=sys.stderr)
+        raise
     if not trainer.is_global_zero:
         return
     if cfg.TRY_STEPS:
@@ -132,7 +139,6 @@ def time(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
     data = build_data(cfg)
     loader = data.train_dataloader()
     device = torch.device("cuda" if pick_accelerator(cfg) == "gpu" else "cpu")
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.TRAIN.PRECISION)
     steps = cfg.TRY_STEPS or _TIMED_STEPS
     print(f"{cfg.MODEL.ARCH} on {cfg.DATASET}: means of {steps} steps of {batch_size(cfg)} images, on {device}")
     columns = {}
@@ -151,7 +157,7 @@ def time(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
             optimizer,
             device,
             steps=steps,
-            autocast=autocast,
+            precision=lambda: autocast(cfg),
         )
     print(as_table(columns, batch_size(cfg)))
     alone = time_loading(loader, steps)

@@ -32,7 +32,9 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     """What stands in a row in a Sequential or a ModuleList and has parts of its own, but is not within another one."""
     found: list[nn.Module] = []
     for child in model.children():
-        in_a_row = isinstance(model, (nn.Sequential, nn.ModuleList)) and any(child.parameters())
-        compound = isinstance(child, nn.Module) and any(True for _ in child.children())
-        found += [child] if in_a_row and compound and not isinstance(child, nn.Sequential) else blocks(child)
+        is_row = isinstance(child, (nn.Sequential, nn.ModuleList))
+        if isinstance(model, (nn.Sequential, nn.ModuleList)) and not is_row and list(child.children()):
+            found.append(child)
+        else:
+            found += blocks(child)
     return found

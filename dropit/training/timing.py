@@ -42,11 +42,11 @@ def time_steps(
     device: torch.device,
     *,
     steps: int,
-    autocast: torch.dtype | None = None,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float]:
     """Mean seconds of each of PARTS, over ``steps`` steps after a warm-up. ``finish`` makes a batch of what is loaded.
 
-    ``autocast``: the dtype of mixed precision, if any.
+    ``precision``: what the forward pass runs in.
     """
     batches, watch = _endless(loader), Stopwatch(device)
     for step in range(_WARM_UP + steps):
@@ -56,7 +56,7 @@ def time_steps(
             loaded = next(batches)
         with watch.part("to the device"):
             images, labels = finish(_to(loaded, device))
-        with watch.part("forward"), _precision(device, autocast):
+        with watch.part("forward"), precision():
             loss = criterion(model(images), labels)
         with watch.part("backward"):
             loss.backward()  # type: ignore[no-untyped-call]
@@ -95,7 +95,3 @@ def _endless(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _to(loaded: Any, device: torch.device) -> Any:
     return type(loaded)(*(each.to(device) if isinstance(each, Tensor) else each for each in loaded))
-
-
-def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,5 +1,9 @@
+from pathlib import Path
+
 import pytest
 from PIL import Image
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -21,3 +25,22 @@ def image_tree(tmp_path):
         return tmp_path / "tree"
 
     return build
+
+
+@pytest.fixture
+def config(tmp_path, image_tree, monkeypatch):
+    """A config of few real images for the tiny ViT, configs/few/vit.yaml; the run is made in a new directory."""
+    tree = image_tree(per_class=4)
+    path = tmp_path / "configs" / "few" / "vit.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(
+        f"""
+_BASE_: {ROOT / "configs/digits/vit_tiny_fastminkx0.9.yaml"}
+DATASET: imagenet
+TRAIN: {{PATH: {tree}/train}}
+VAL: {{PATH: {tree}/val}}
+SOLVER: {{BATCH_SIZE: 20, MAX_EPOCHS: 3, WARMUP_EPOCHS: 0}}
+"""
+    )
+    monkeypatch.chdir(tmp_path)
+    return str(path)

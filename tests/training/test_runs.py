@@ -1,4 +1,6 @@
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from dropit.training import runs
 from dropit.training.errors import ConfigError, SetupError
+from dropit.training.module import Classifier
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def config(tmp_path, image_tree, monkeypatch):
-    """A config of few real images for the tiny ViT, configs/few/vit.yaml; the run is made in a new directory."""
-    tree = image_tree(per_class=4)
-    path = tmp_path / "configs" / "few" / "vit.yaml"
-    path.parent.mkdir(parents=True)
-    path.write_text(
-        f"""
-_BASE_: {ROOT / "configs/digits/vit_tiny_fastminkx0.9.yaml"}
-DATASET: imagenet
-TRAIN: {{PATH: {tree}/train}}
-VAL: {{PATH: {tree}/val}}
-SOLVER: {{BATCH_SIZE: 20, MAX_EPOCHS: 3, WARMUP_EPOCHS: 0}}
-"""
-    )
-    monkeypatch.chdir(tmp_path)
-    return str(path)
 
 
 def events(version):
@@ -231,6 +215,99 @@ def test_two_processes_share_a_batch_and_agree(config):
     last = torch.load("outputs/few/vit/version_0/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == 4  # two epochs of 40 images, 20 in a step over both
     assert scalars(log, "dropit/cache_mb")[0] < 4  # of half a batch: one process's own
+
+
+def in_processes(config, output, *overrides):
+    """Train in a process of its own, on the CPU; the last checkpoint's weights and the logged scalars."""
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "ACCELERATOR", "cpu", "OUTPUT_DIR", output]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    version = Path(output) / "few" / "vit" / "version_0"
+    return torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], events(version)
+
+
+@pytest.mark.ddp
+def test_two_processes_do_what_one_does_and_count_each_image_once(config):
+    """With the same total batch; the weights whole in each process or shared out. 37 images are evaluated."""
+    for place in sorted(Path("tree/val/0").iterdir())[:3]:
+        place.unlink()
+    plain = ["MODEL.DROPIT", "false", "SOLVER.MAX_EPOCHS", "2"]
+    weights, log = in_processes(config, "one", *plain)
+    expected = {tag: scalars(log, tag) for tag in ("train/loss", "val/loss", "val/acc1", "val/acc5")}
+    assert any(accuracy * 37 == pytest.approx(round(accuracy * 37), abs=1e-4) for accuracy in expected["val/acc1"])
+    for kind in ("ddp", "fsdp"):
+        others, log = in_processes(config, kind, *plain, "NUM_GPUS", "2", "PARALLEL", kind)
+        assert others.keys() == weights.keys()
+        for name, weight in weights.items():
+            torch.testing.assert_close(others[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+        for tag in ("val/loss", "val/acc1", "val/acc5"):
+            assert scalars(log, tag) == pytest.approx(expected[tag], rel=1e-5), (kind, tag)
+
+
+@pytest.mark.ddp
+def test_shared_weights_train_with_dropping_and_each_processs_cache_is_told(config):
+    _, log = in_processes(config, "fsdp", "NUM_GPUS", "2", "PARALLEL", "fsdp", "SOLVER.MAX_EPOCHS", "20")
+    loss = scalars(log, "train/loss")
+    assert loss[-1] < 0.7 * loss[0]
+    first, second, most = (scalars(log, f"dropit/cache_{tag}")[0] for tag in ("mb_process_0", "mb_process_1", "max_mb"))
+    assert most == max(first, second) == pytest.approx(min(first, second), rel=0.1)
+    assert scalars(log, "dropit/cache_ratio")[0] == pytest.approx(0.66, abs=0.03)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("hook", "taken"), [("training_step", 1), ("training_step", 8), ("validation_step", 8)])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, capsys, monkeypatch, hook, taken, signum):
+    """In mid-epoch, at an epoch's end, in an evaluation; with dropout, augmentation and a random strategy."""
+    noise = ["MODEL.DROPOUT", "0.2", "TRAIN.FLIP", "true", "TRAIN.ERASING", "0.5", "DROPIT.STRATEGY", "random"]
+    arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "10", "SOLVER.MAX_EPOCHS", "3", *noise]
+    assert train.main(arguments) == 0
+    real, before, sent = getattr(Classifier, hook), taken - (hook == "training_step"), []
+
+    def stopped(self, batch, batch_idx):
+        if not sent and self.trainer.global_step == before and (hook == "training_step" or batch_idx == 1):
+            sent.append(os.kill(os.getpid(), signum))
+        return real(self, batch, batch_idx)
+
+    monkeypatch.setattr(Classifier, hook, stopped)
+    with pytest.raises(SystemExit) as ended:
+        train.main([*arguments, "OUTPUT_DIR", "other"])
+    assert ended.value.code == 128 + signum
+    last = "other/few/vit/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == taken
+    monkeypatch.undo()
+    monkeypatch.chdir(Path(config).parents[2])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"train.py: stopped by {signum.name}; --resume goes on from {Path(last)}"
+    assert train.main([*arguments, "OUTPUT_DIR", "other", "--resume"]) == 0
+    whole, resumed = (torch.load(path, weights_only=True) for path in (last.replace("other", "outputs"), last))
+    assert resumed["global_step"] == whole["global_step"] == 12
+    for name, weight in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight), name
+
+
+def test_a_try_writes_nothing(config, capsys):
+    assert train.main(["--cfg", config, "TRY_STEPS", "1"]) == 0
+    assert "tried 1 steps and an evaluation; nothing was written" in capsys.readouterr().out
+    assert not list(Path("outputs").rglob("*.ckpt"))
+    assert not list(Path("outputs").rglob("events*"))
+
+
+@pytest.mark.parametrize("dropping", [True, False])
+def test_time_says_where_a_step_goes(config, capsys, dropping):
+    arguments = ["--mode", "time", "TRY_STEPS", "2", "MODEL.DROPIT", str(dropping)]
+    assert train.main(["--cfg", config, *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "vit_tiny on imagenet: means of 2 steps of 20 images, on cpu"
+    assert lines[1].split() == ["ms", "plain", *(["DropIT"] if dropping else [])]
+    rows = {line[:18].strip(): [float(cell.rstrip("%")) for cell in line[18:].split()] for line in lines[2:-1]}
+    parts = ["waiting for data", "to the device", "forward", "backward", "optimizer"]
+    assert list(rows) == [*parts, "a step", "samples/s", "share of data"]
+    for column, total in enumerate(rows["a step"]):
+        assert total == pytest.approx(sum(rows[part][column] for part in parts), abs=0.3)
+        assert rows["samples/s"][column] == pytest.approx(20_000 / total, rel=0.02)
+    assert lines[-1].startswith("the loader alone gives")
+    assert not Path("outputs").exists()
 
 
 def test_the_exit_code_reaches_the_shell(config):
