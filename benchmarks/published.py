@@ -1,6 +1,7 @@
 """The scheme of the first release, to compare with: top-k of each Linear and Conv2d input, with int32 positions.
 
-Nothing else lets go of what is dropped. Selection is by magnitude over the whole tensor, as the paper has it.
+Nothing else lets go of what is dropped. Selection is by magnitude over the whole tensor, as the paper has it. Under
+autocast, where the release fails, it is given what PyTorch's own layers would compute with.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
+
+from dropit.layers.layer import autocast
 
 
 def _sparse(x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
@@ -57,10 +60,10 @@ def to_published(model: nn.Module, gamma: float) -> nn.Module:
     """Give each Linear and Conv2d of ``model`` a forward of the first release. Returns the model."""
     for module in model.modules():
         if type(module) is nn.Linear:
-            module.forward = lambda x, m=module: _Linear.apply(x, m.weight, m.bias, gamma)  # type: ignore[method-assign]
+            module.forward = lambda x, m=module: _Linear.apply(*autocast(x, m.weight, m.bias), gamma)  # type: ignore[method-assign]
         elif type(module).__name__ == "Conv1D":  # Hugging Face's linear layer, (in, out)
-            module.forward = lambda x, m=module: _Linear.apply(x, m.weight.t(), m.bias, gamma)  # type: ignore[method-assign]
+            module.forward = lambda x, m=module: _Linear.apply(*autocast(x, m.weight.t(), m.bias), gamma)  # type: ignore[method-assign]
         elif type(module) is nn.Conv2d:
             geometry = (module.stride, module.padding, module.dilation, False, (0, 0), module.groups)
-            module.forward = lambda x, m=module, g=geometry: _Conv2d.apply(x, m.weight, m.bias, g, gamma)  # type: ignore[method-assign]
+            module.forward = lambda x, m=module, g=geometry: _Conv2d.apply(*autocast(x, m.weight, m.bias), g, gamma)  # type: ignore[method-assign]
     return model

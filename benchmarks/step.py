@@ -106,12 +106,15 @@ def draw(path: str, records: list[dict[str, Any]], key: str) -> None:
     figure, panels = plt.subplots(1, len(titles), figsize=(4 * len(titles), 3.6), squeeze=False, layout="constrained")
     for panel, title in zip(panels[0], titles, strict=True):
         plain, *_ = here = [record for record in records if record["model"] == title]
-        for record in here:
+        for place, record in enumerate(sorted(here, key=lambda record: record[key])):
             x, y = record[key] / plain[key], record["time_ratio"]
-            panel.plot(x, y, "o", color=f"C{names.index(record['method'])}")
-            panel.annotate(record["method"], (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        panel.set(title=title, xlabel="memory, by the plain model's", xlim=(0, None))
-        panel.margins(0.15)
+            color = f"C{names.index(record['method'])}"
+            panel.plot(x, y, "o", color=color)
+            side = {"xytext": (5, -5), "va": "top"} if place % 2 else {"xytext": (5, 5), "va": "bottom"}
+            panel.annotate(record["method"], (x, y), textcoords="offset points", fontsize=8, color=color, **side)
+        panel.set_title(title, fontsize=10)
+        panel.set(xlabel="memory, by the plain model's", xlim=(0, 1.5))
+        panel.margins(y=0.15)
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("time of a step, by the plain model's")
     figure.savefig(path)

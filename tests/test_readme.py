@@ -41,17 +41,25 @@ def workplace(tmp_path, monkeypatch):
 def test_two_commands_do_all_the_setup():
     assert MAIN_JOB.startswith('pip install -e ".[digits]" && python train.py --cfg configs/digits/')
     assert TESTS == 'pip install -e ".[dev]" && pytest'
-    assert len(TRAIN) == 8
+    assert len(TRAIN) == 9
 
 
 def test_the_train_commands_run_as_typed_one_after_the_other(workplace):
     """On digits, an epoch each: a later one resumes or evaluates what an earlier one wrote."""
     digits = [command for command in TRAIN if "configs/digits" in command]
-    assert len(digits) == 5
+    assert len(digits) == 6
     for command in digits:
         arguments = shlex.split(command)[2:]
-        shorter = [] if "--mode" in arguments else ["SOLVER.MAX_EPOCHS", "2" if "--resume" in arguments else "1"]
+        shorter = ["SOLVER.MAX_EPOCHS", "2" if "--resume" in arguments else "1"]
+        if "--mode" in arguments:
+            shorter = ["TRY_STEPS", "1"] if "time" in arguments else []
         assert train.main([*arguments, *shorter]) == 0
+
+
+def test_the_examples_are_all_there():
+    """Each is run by a test of its own."""
+    shown = {command.split()[1] for command in COMMANDS if command.startswith("python examples/")}
+    assert shown == {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
 
 
 @pytest.mark.parametrize("command", [c for c in TRAIN if "--mode info" in c])
@@ -96,7 +104,7 @@ def test_the_walk_through_of_contributing_runs():
     assert "DropITWeighted" in names
 
 
-@pytest.mark.parametrize(("benchmark", "rows"), [("memory", 5), ("architectures", 31)])
+@pytest.mark.parametrize(("benchmark", "rows"), [("memory", 6), ("architectures", 31)])
 @pytest.mark.slow
 def test_the_tables_are_what_the_benchmarks_print(workplace, benchmark, rows):
     assert f"python benchmarks/{benchmark}.py" in COMMANDS
@@ -107,7 +115,10 @@ def test_the_tables_are_what_the_benchmarks_print(workplace, benchmark, rows):
     assert table in TEXT
 
 
-@pytest.mark.parametrize(("benchmark", "columns", "rows"), [("step", 7, 1), ("budget", 5, 2)])
+@pytest.mark.parametrize(
+    ("benchmark", "columns", "rows"),
+    [("step", 7, 1), ("ops", 6, 36), ("error", 7, 2), ("budget", 5, 2)],
+)
 def test_the_benchmarks_run(workplace, benchmark, columns, rows):
     assert f"python benchmarks/{benchmark}.py" in COMMANDS
     command = [sys.executable, f"benchmarks/{benchmark}.py", "--quick"]
@@ -115,6 +126,16 @@ def test_the_benchmarks_run(workplace, benchmark, columns, rows):
     table = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(table) == rows + 2
     assert {len(line) for line in table} == {columns}
+
+
+@pytest.mark.slow
+def test_everything_runs_and_leaves_its_results(workplace):
+    assert {"python benchmarks/everything.py", "python benchmarks/batch.py"} <= set(COMMANDS)
+    command = [sys.executable, "benchmarks/everything.py", "--quick", "--output", str(workplace / "results")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = {path.stem[11:].partition("-")[0] for path in (workplace / "results").iterdir()}
+    assert {"ops", "step", "batch", "memory"} <= kinds
 
 
 @pytest.mark.slow

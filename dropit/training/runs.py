@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning.callbacks import ModelCheckpoint
 from yacs.config import CfgNode
 
 from dropit import coverage
@@ -32,6 +33,7 @@ from dropit.training.builders import (
 )
 from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
 from dropit.training.config import load
+from dropit.training.data import ImageData
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.info import describe
 from dropit.training.module import Classifier
@@ -39,6 +41,8 @@ from dropit.training.probe import GradientProbe
 from dropit.training.timing import as_table, time_loading, time_steps
 
 _TIMED_STEPS = 20
+# Beside the model, what the optimizer's state in a checkpoint is of.
+_OPTIMIZERS_STATE = ("SOLVER.OPTIMIZER", "SOLVER.NO_DECAY", "SOLVER.LAYER_DECAY")
 _KNOWN_WARNINGS = (
     ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
     ".*does not have many workers.*",
@@ -56,19 +60,13 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     checkpoint = None
     if resume:
         checkpoint = _find_checkpoint(cfg, directory, "last")
-        checkpoints.read(checkpoint, like=cfg, sections=("DATASET", "MODEL.", "DROPIT."))
+        checkpoints.read(checkpoint, like=cfg, sections=("DATASET", "MODEL.", "DROPIT.", *_OPTIMIZERS_STATE))
     data = build_data(cfg)
     classifier = build_classifier(cfg, pretrained=not resume, sample=data.sample())
     _make(directory)
 
     cache, speed, (best, last) = build_cache_monitor(cfg), SpeedMonitor(), build_checkpointing()
-    averaging = build_averaging(cfg)  # before the checkpoints, which keep the average
-    callbacks = [cache, speed, *averaging, best, last, Dashboard(_hparams(cfg))]
-    callbacks += [checkpoints.ConfigKeeper(cfg), checkpoints.RandomKeeper(), checkpoints.Interruptions(last)]
-    if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY:
-        callbacks.insert(0, GradientProbe(cfg.DROPIT.PROBE_EVERY))  # before the cache is measured: its steps are not
-    if not sys.stdout.isatty():
-        callbacks.append(EpochLines())
+    callbacks = _callbacks(cfg, [cache, speed], best, last)
     # A run that is taken up again goes on in its own logs; one from elsewhere gets new ones.
     known = checkpoint is not None and directory.resolve() in checkpoint.resolve().parents
     version = checkpoints.version_dir(checkpoint).name if checkpoint and known else None
@@ -78,12 +76,7 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
         report = coverage(classifier.model)
         chosen = f"{cfg.DROPIT.BUDGET_MB:g} MiB" if cfg.DROPIT.BUDGET_MB else f"gamma {cfg.DROPIT.GAMMA}"
         print(f"DropIT: {cfg.DROPIT.STRATEGY}, {chosen}: {report.summary()} layers")
-    try:
-        trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
-    except checkpoints.Interruption as stopped:
-        if trainer.is_global_zero:
-            print(f"train.py: stopped by {stopped.name}; --resume goes on from {stopped.saved}", file=sys.stderr)
-        raise
+    _fit(trainer, classifier, data, checkpoint)
     if not trainer.is_global_zero:
         return
     if cfg.TRY_STEPS:
@@ -95,6 +88,26 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     print(_summary(trainer, cache, speed, best.best_model_score))
     if data.skipped:
         print(f"unreadable   {len(data.skipped)} images were left out, the first of them {data.skipped[0]}")
+
+
+def _callbacks(cfg: CfgNode, monitors: list[Callback], best: ModelCheckpoint, last: ModelCheckpoint) -> list[Callback]:
+    """In the order in which Lightning calls them."""
+    # The probe's own steps are not to be measured.
+    probes = [GradientProbe(cfg.DROPIT.PROBE_EVERY)] if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY else []
+    averaging = build_averaging(cfg)  # what checkpoints keep
+    keepers = [best, last, checkpoints.ConfigKeeper(cfg), checkpoints.RandomKeeper(), checkpoints.Interruptions(last)]
+    lines = [] if sys.stdout.isatty() else [EpochLines()]
+    return [*probes, *monitors, *averaging, Dashboard(_hparams(cfg)), *keepers, *lines]
+
+
+def _fit(trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: Path | None) -> None:
+    """Train, from the checkpoint on if there is one; a run that was asked to stop says how to go on."""
+    try:
+        trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+    except checkpoints.Interruption as stopped:
+        if trainer.is_global_zero:
+            print(f"train.py: stopped by {stopped.name}; --resume goes on from {stopped.saved}", file=sys.stderr)
+        raise
 
 
 def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:

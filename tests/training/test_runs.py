@@ -176,6 +176,14 @@ def test_a_resume_under_another_gamma_is_refused(config, capsys):
     assert "checkpoint DROPIT.GAMMA 0.9, config 0.7" in line
 
 
+def test_a_resume_with_another_optimizer_is_refused(config, capsys):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    capsys.readouterr()
+    code, line = failure(capsys, "--cfg", config, "--resume", "SOLVER.OPTIMIZER", "adamw")
+    assert code == 2
+    assert "checkpoint SOLVER.OPTIMIZER sgd, config adamw" in line
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>", b"version https://git-lfs"])
 def test_a_broken_checkpoint_is_refused(config, capsys, content):
     Path("broken.ckpt").write_bytes(content)
