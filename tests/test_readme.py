@@ -83,7 +83,7 @@ def test_without_the_data_or_the_gpus_one_line_says_what_is_missing(workplace, m
     assert train.main(shlex.split(command)[2:]) == 1
     line = capsys.readouterr().err
     assert line.count("\n") == 1
-    assert "NUM_GPUS 2, but this machine has 0" in line or "CIFAR-100 is not in data" in line
+    assert "NUM_GPUS 2, but this machine has 0" in line or "DATASET cifar100 is not in data" in line
 
 
 @pytest.mark.parametrize("block", blocks("python"))

@@ -39,6 +39,7 @@ _BASE_: {ROOT / "configs/digits/vit_tiny_fastminkx0.9.yaml"}
 DATASET: imagenet
 TRAIN: {{PATH: {tree}/train}}
 VAL: {{PATH: {tree}/val}}
+DATALOADER: {{CACHE: false, ON_DEVICE: false}}
 SOLVER: {{BATCH_SIZE: 20, MAX_EPOCHS: 3, WARMUP_EPOCHS: 0}}
 """
     )
