@@ -74,8 +74,8 @@ class Interruptions(Callback):
         self._signum = 0
         self._before: dict[int, Any] = {}
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals; Lightning's own handlers would end a run without a word, and with exit code 0."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals from Lightning, which would end a run without a word, and with exit code 0."""
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 

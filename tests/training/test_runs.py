@@ -294,6 +294,22 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, capsys, monkeypatch
         assert torch.equal(resumed["state_dict"][name], weight), name
 
 
+@pytest.mark.ddp
+def test_two_processes_stop_together_when_one_is_asked_to(config):
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run:
+        line = next(line for line in run.stdout if line.startswith("epoch 2/"))
+        run.terminate()
+        _, errors = run.communicate(timeout=60)
+    assert line
+    assert run.returncode == 128 + signal.SIGTERM
+    last = Path("outputs/few/vit/version_0/checkpoints/last.ckpt")
+    assert errors.count(f"train.py: stopped by SIGTERM; --resume goes on from {last}") == 1
+    assert 4 <= torch.load(last, weights_only=True)["global_step"] < 1000
+
+
 def test_a_try_writes_nothing(config, capsys):
     assert train.main(["--cfg", config, "TRY_STEPS", "1"]) == 0
     assert "tried 1 steps and an evaluation; nothing was written" in capsys.readouterr().out
