@@ -16,9 +16,8 @@ from collections.abc import Callable
 import report
 import torch
 from methods import OURS
-from tasks import MIB, TASKS, forward, held, loss, without_noise
+from tasks import MIB, TASKS, criterion, forward, held, loss, without_noise
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 import dropit
 
@@ -66,7 +65,7 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
             model,
             budget=budget,
             example_input=inputs,
-            loss_fn=lambda output: cross_entropy(getattr(output, "logits", output).flatten(0, -2), labels.flatten()),
+            loss_fn=lambda output: criterion(output, labels),
         )
         ours = f"{bytes_held() / budget:.3f} | {error():.4f}"
         others = []

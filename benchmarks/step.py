@@ -86,10 +86,9 @@ def measure(task: Task, batch_size: int, args: argparse.Namespace, device: str) 
     return records
 
 
-def row(records: list[dict[str, Any]], device: str) -> list[str]:
-    """Of the table: the plain model's numbers, then each method's by them."""
+def row(records: list[dict[str, Any]], key: str) -> list[str]:
+    """Of the table: the plain model's numbers, then each method's by them; ``key``: of the memory that is meant."""
     plain = records[0]
-    key = "peak_mib" if device == "cuda" else "held_mib"
     cells = [f"{plain['model']}, batch {plain['batch']}", f"{plain['ms']:.0f} ms, {plain[key]:.0f} MiB"]
     return cells + [f"{each['time_ratio']:.2f} ({each[key] / plain[key] - 1:+.0%})" for each in records[1:]]
 
@@ -137,7 +136,7 @@ def main() -> None:
     args.methods = ["plain", *(name for name in args.methods if name != "plain")]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bfloat16 autocast" if args.autocast else "float32"
-    memory = "peak of a step" if device == "cuda" else "held for backward"
+    memory, key = ("peak of a step", "peak_mib") if device == "cuda" else ("held for backward", "held_mib")
     print(f"gamma {args.gamma}, {precision}; {report.hardware()}; time (and {memory}) by the plain model's\n")
     header, records, rows = ["a step", *args.methods], [], []
     print(report.table(header, []), flush=True)
@@ -145,13 +144,12 @@ def main() -> None:
         task = TASKS[name]
         found = measure(task, 4 if args.quick else task.step_batch(device), args, device)
         records += found
-        rows.append(row(found, device))
+        rows.append(row(found, key))
         print(f"| {' | '.join(rows[-1])} |", flush=True)
         gc.collect()
     title = "-".join(["step", device, "bf16" if args.autocast else "fp32", *([args.name] if args.name else [])])
     report.write(args.output, title, records, report.table(header, rows))
     if args.output:
-        key = "peak_mib" if device == "cuda" else "held_mib"
         draw(f"{args.output}/{report.environment()['date']}-{title}.svg", records, key)
 
 

@@ -71,15 +71,24 @@ TASKS = {
 }
 
 
-def forward(model: nn.Module, inputs: Tensor) -> Tensor:
-    """The logits."""
-    output: Any = model(inputs)
+def logits(output: Any) -> Tensor:
+    """Of what a model returns."""
     return output if isinstance(output, Tensor) else output.logits
 
 
+def criterion(output: Any, labels: Tensor) -> Tensor:
+    """Cross entropy, of each sample or token, of what a model returns."""
+    return cross_entropy(logits(output).flatten(0, -2), labels.flatten())
+
+
+def forward(model: nn.Module, inputs: Tensor) -> Tensor:
+    """The logits."""
+    return logits(model(inputs))
+
+
 def loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, of each sample or token."""
-    return cross_entropy(forward(model, inputs).flatten(0, -2), labels.flatten())
+    """The criterion of the model's output."""
+    return criterion(model(inputs), labels)
 
 
 def without_noise(model: nn.Module) -> nn.Module:

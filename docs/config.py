@@ -50,7 +50,7 @@ def type_of(key: str, default: Any) -> str:
     """In words."""
     if not isinstance(default, list):
         return _TYPES[type(default)]
-    element = type(default[0]) if default else config._ELEMENT_TYPES[key]
+    element = type(default[0]) if default else config.ELEMENT_TYPES[key]
     return "list" if element is str else f"list of {_TYPES[element]}s"
 
 

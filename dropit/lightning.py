@@ -109,8 +109,16 @@ class CacheMonitor(Callback):
             self._meter = None
 
     def measure_dense(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> float:
-        """MiB that this step of the plain model would hold, or nan. Anew for each epoch: batches differ in shape."""
-        return _dense_mb(trainer, pl_module, batch, batch_idx)
+        """MiB that this step of the plain model would hold, or nan. Anew for each epoch: batches differ in shape.
+
+        The random numbers that it draws are those that the step itself will draw.
+        """
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"), _kept_gradients(pl_module.parameters()):
+            try:
+                return _plain_bytes(trainer, pl_module, copy.deepcopy(batch), batch_idx) / MIB
+            except Exception as error:  # somebody's training must not end because of a measurement
+                warnings.warn(f"dropit/dense_mb is not known: a step of the plain model failed: {error}", stacklevel=2)
+                return float("nan")
 
     def log_cache(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give what was measured to the progress bar and the loggers."""
@@ -179,19 +187,6 @@ class DropITCallback(CacheMonitor):
 
 def _count(module: nn.Module) -> int:
     return sum(1 for _ in module.modules())
-
-
-def _dense_mb(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> float:
-    """MiB that this step of the plain model would hold, or nan.
-
-    The random numbers that it draws are those that the step itself will draw.
-    """
-    with isolate_rng(include_cuda=pl_module.device.type == "cuda"), _kept_gradients(pl_module.parameters()):
-        try:
-            return _plain_bytes(trainer, pl_module, copy.deepcopy(batch), batch_idx) / MIB
-        except Exception as error:  # somebody's training must not end because of a measurement
-            warnings.warn(f"dropit/dense_mb is not known: a step of the plain model failed: {error}", stacklevel=2)
-            return float("nan")
 
 
 def _plain_bytes(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> int:

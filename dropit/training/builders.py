@@ -237,12 +237,11 @@ def build_trainer(
     log_every: int = 10,
 ) -> Trainer:
     """Lightning's Trainer on the devices that the config asks for. It logs to directory/version_N, if to any."""
-    accelerator = pick_accelerator(cfg)
     logger = directory is not None and TensorBoardLogger(
         directory.parent, name=directory.name, version=version, default_hp_metric=False
     )
     return Trainer(
-        accelerator=accelerator,
+        accelerator=pick_accelerator(cfg),
         devices=cfg.NUM_GPUS,
         num_nodes=cfg.NUM_NODES,
         strategy=_strategy(cfg),
@@ -284,9 +283,10 @@ def _plugins() -> list[Any]:
 
 def check_machine(cfg: CfgNode) -> None:
     """Refuse at once what this machine, or what started this process, cannot do. Raises SetupError."""
-    if pick_accelerator(cfg) == "cpu":
-        for key in [key for key, value in _FOR_GPUS.items() if flatten(cfg)[key] in value]:
-            raise SetupError(f"{key} {flatten(cfg)[key]} needs a GPU, and this run is on the CPU")
+    on_cpu, values = pick_accelerator(cfg) == "cpu", flatten(cfg)
+    for key, of_gpus in _FOR_GPUS.items():
+        if on_cpu and values[key] in of_gpus:
+            raise SetupError(f"{key} {values[key]} needs a GPU, and this run is on the CPU")
     started = started_processes()
     if started is None and cfg.NUM_NODES > 1:
         raise SetupError(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import nn
 
 import dropit
-from dropit import from_dropit
 
 MIB = 2**20
 
@@ -46,15 +42,6 @@ class CacheMonitor(dropit.CacheMonitor):
         tags = {f"dropit/cache_mb_process_{rank}": value for rank, value in enumerate(each)}
         for logger in trainer.loggers:
             logger.log_metrics({**tags, "dropit/cache_max_mb": max(each)}, trainer.global_step)
-
-
-@contextmanager
-def plain_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
-    """A copy of the model that drops nothing, to run in the trainer's precision; it draws the next step's numbers."""
-    plain = from_dropit(copy.deepcopy(pl_module.model))  # type: ignore[arg-type]
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
-        yield plain
 
 
 class SpeedMonitor(Callback):

@@ -281,7 +281,7 @@ CHOICES: dict[str, Sequence[str]] = {
 }
 
 # What the lists hold that are empty by default.
-_ELEMENT_TYPES = {"SOLVER.MILESTONES": int, "SOLVER.NO_DECAY": str, "DROPIT.SKIP": str, "MODEL.FREEZE": str}
+ELEMENT_TYPES = {"SOLVER.MILESTONES": int, "SOLVER.NO_DECAY": str, "DROPIT.SKIP": str, "MODEL.FREEZE": str}
 _NUMBERS = {int: "an integer", float: "a number", bool: "true or false"}
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -412,7 +412,7 @@ def _convert(key: str, node: yaml.Node, default: Any, place: Place) -> Any:
     """The node's value in the type of the key's default."""
     if not isinstance(default, list):
         return _convert_scalar(key, node, type(default), place)
-    kind = _ELEMENT_TYPES.get(key) or type(default[0])
+    kind = ELEMENT_TYPES.get(key) or type(default[0])
     if isinstance(node, yaml.ScalarNode):
         parts = [part.strip() for part in node.value.split(",") if part.strip()]
         return [_convert_scalar(key, yaml.ScalarNode(node.tag, part), kind, place) for part in parts]

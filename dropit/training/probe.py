@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 
-from dropit import PackedInputLayer
-from dropit.training.callbacks import plain_copy
+from dropit import PackedInputLayer, from_dropit
 
 
 class GradientProbe(Callback):
@@ -31,7 +33,7 @@ class GradientProbe(Callback):
         if trainer.global_step % self.every:
             return
         images, labels = batch
-        with plain_copy(trainer, pl_module) as plain:
+        with _plain_copy(trainer, pl_module) as plain:
             loss: Tensor = pl_module.criterion(plain(images), labels)  # type: ignore[operator]
         plain.zero_grad()
         loss.backward()
@@ -60,6 +62,15 @@ class GradientProbe(Callback):
         board.add_scalar("probe/worst_cosine", cosine.min(), step)
         board.add_scalar("probe/worst_relative_error", error.max(), step)
         board.add_text("probe/worst_layer", names[int(error.argmax())], step)
+
+
+@contextmanager
+def _plain_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
+    """A copy of the model that drops nothing, to run in the trainer's precision; it draws the next step's numbers."""
+    plain = from_dropit(copy.deepcopy(pl_module.model))  # type: ignore[arg-type]
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
+        yield plain
 
 
 def _weights(model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning import Callback, Trainer, seed_everything
+from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from yacs.config import CfgNode
 
@@ -25,7 +25,6 @@ from dropit.training.builders import (
     build_classifier,
     build_data,
     build_network,
-    build_recipe,
     build_trainer,
     check_machine,
     pick_accelerator,
@@ -156,18 +155,14 @@ def time(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
     print(f"{cfg.MODEL.ARCH} on {cfg.DATASET}: means of {steps} steps of {batch_size(cfg)} images, on {device}")
     columns = {}
     for name in ("plain", *(["DropIT"] if cfg.MODEL.DROPIT else [])):
-        seed_everything(cfg.SEED, verbose=False)
-        model = build_network(cfg, dropit=name == "DropIT", sample=data.sample()).to(device).train()
-        classifier = Classifier(model, cfg.MODEL.NUM_CLASSES, build_recipe(cfg), channels_last=cfg.TRAIN.CHANNELS_LAST)
-        if cfg.TRAIN.COMPILE:
-            model.compile()
-        optimizer = classifier.configure_optimizers()["optimizer"]
+        sample = data.sample() if name == "DropIT" else None
+        classifier = build_classifier(cfg, pretrained=False, sample=sample).to(device).train()
         columns[name] = time_steps(
             classifier,
             loader,
             data.train.finish,
             classifier.criterion,
-            optimizer,
+            classifier.configure_optimizers()["optimizer"],
             device,
             steps=steps,
             precision=lambda: autocast(cfg),

@@ -168,20 +168,15 @@ def test_a_python_config_is_refused_and_not_run(capsys, tmp_path, monkeypatch):
     assert not Path("ran").exists()
 
 
-def test_a_resume_under_another_gamma_is_refused(config, capsys):
+@pytest.mark.parametrize(
+    ("key", "kept", "other"), [("DROPIT.GAMMA", "0.9", "0.7"), ("SOLVER.OPTIMIZER", "sgd", "adamw")]
+)
+def test_a_resume_under_another_gamma_or_optimizer_is_refused(config, capsys, key, kept, other):
     assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
     capsys.readouterr()
-    code, line = failure(capsys, "--cfg", config, "--resume", "DROPIT.GAMMA", "0.7")
+    code, line = failure(capsys, "--cfg", config, "--resume", key, other)
     assert code == 2
-    assert "checkpoint DROPIT.GAMMA 0.9, config 0.7" in line
-
-
-def test_a_resume_with_another_optimizer_is_refused(config, capsys):
-    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
-    capsys.readouterr()
-    code, line = failure(capsys, "--cfg", config, "--resume", "SOLVER.OPTIMIZER", "adamw")
-    assert code == 2
-    assert "checkpoint SOLVER.OPTIMIZER sgd, config adamw" in line
+    assert f"checkpoint {key} {kept}, config {other}" in line
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>", b"version https://git-lfs"])
