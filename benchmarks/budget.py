@@ -37,14 +37,19 @@ def gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def single_gamma(model: nn.Module, fits: Callable[[], bool], compress: str) -> float | None:
     """Convert under the least gamma that fits; None where none does."""
     low, high = 0.0, 0.99
-    for gamma in (high, *(None,) * _HALVINGS):
-        middle = (low + high) / 2 if gamma is None else gamma
-        dropit.to_dropit(model, gamma=middle, compress=compress)
-        fit = fits()
-        if gamma is not None and not fit:
-            return None
-        low, high = (low, middle) if fit else (middle, high)
-    dropit.to_dropit(model, gamma=high, compress=compress)
+
+    def tried(gamma: float) -> bool:
+        dropit.to_dropit(model, gamma=gamma, compress=compress)
+        return fits()
+
+    if tried(low):
+        return low
+    if not tried(high):
+        return None
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if tried(middle) else (middle, high)
+    tried(high)
     return high
 
 
@@ -67,13 +72,13 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
             example_input=inputs,
             loss_fn=lambda output: criterion(output, labels),
         )
-        ours = f"{bytes_held() / budget:.3f} | {error():.4f}"
+        ours = f"{bytes_held() / budget:.3f} | {error():.2e}"
         others = []
         for compress in OURS:
             gamma = single_gamma(model, lambda budget=budget: bytes_held() <= budget, compress)
             if gamma is not None:
                 others.append((error(), f"{compress}, gamma {gamma:.2f}"))
-        best = "{:.4f} ({})".format(*min(others)) if others else "does not fit"
+        best = "{:.2e} ({})".format(*min(others)) if others else "does not fit"
         dropit.from_dropit(model)
         print(f"| {title} | {part:.0%} of {plain / MIB:.0f} | {ours} | {best} |", flush=True)
 

@@ -220,3 +220,23 @@ def test_a_head_that_starts_at_zero_hides_no_error():
     dropit.to_dropit(model, budget=budget, example_input=x, loss_fn=loss_fn)
     assert 0.9 * budget <= held(model, x) <= budget
     assert not model.last.weight.any()
+
+
+def test_what_rounds_worst_is_kept_exact():
+    """Beside one large value the others of a group are rounded coarsely; as much gradient passes through the other."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(16, 256), nn.Linear(16, 256)
+            self.coarse, self.fine = nn.GELU(), nn.GELU()
+
+        def forward(self, x):
+            coarse = torch.where(torch.arange(256) % 32 == 0, 500.0, self.first(x))
+            return self.coarse(coarse) + self.fine(self.second(x))
+
+    torch.manual_seed(0)
+    model, x = Branches(), torch.randn(256, 16)
+    dropit.to_dropit(model, budget=int(0.7 * held(model, x)), example_input=x, loss_fn=torch.sum)
+    assert isinstance(model.fine, dropit.layers.QuantizedLayer)
+    assert type(model.coarse) is nn.GELU
