@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dropit.budget import Choice, Setting, fit, parse_bytes
+from dropit.budget import fit, parse_bytes
+from dropit.calibration import Choice, Setting
 from dropit.layers import (
     SWAPS,
     DropITLayer,
@@ -56,6 +57,7 @@ def to_dropit(
     loss_fn: Callable[[Any], Tensor] | None = None,
     gamma_min: float = 0.0,
     gamma_max: float = 0.98,
+    on_step: Callable[[int, int], None] | None = None,
 ) -> nn.Module:
     """Make the layers of ``model`` keep only part of their input for the backward pass. In place; returns the model.
 
@@ -74,10 +76,12 @@ def to_dropit(
 
     budget: bytes, or text such as "4 GiB", that a forward pass of ``example_input`` may hold for backward. Each layer's
     gamma, in [gamma_min, gamma_max], whether it stores its values in int8 (or in ``value_dtype``, if given), and its
-    bits are then chosen so that it fits and the gradient errs least; ``gamma`` and ``compress`` are not asked. Some 16
-    steps are taken to measure that, with ``loss_fn`` of the output (if None the mean of its squares, or a Hugging Face
-    output's own loss), and the model's state is left as it was.
+    bits are then chosen so that it fits and the gradient errs least; ``gamma`` and ``compress`` are not asked. Some 15
+    steps and one for each layer that quantizes are taken to measure that, with ``loss_fn`` of the output (if None the
+    mean of its squares, or a Hugging Face output's own loss); where one does not fit into the GPU's memory, what it
+    saves waits in the host's. The model's state is left as it was.
     example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
+    on_step: called after each of these steps with its number and how many there are, to show progress.
 
     Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
     arguments. Raises ValueError where an argument is out of range or no layer with a weight could be converted.
@@ -125,6 +129,7 @@ def to_dropit(
             gamma_max=gamma_max,
             value_dtype=packer.value_dtype or torch.int8,
             levels=tuple(_BITS.values()),
+            on_step=on_step,
         )
     return model
 
@@ -255,7 +260,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
 def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
     if meter is None or not isinstance(module, (PackedInputLayer, QuantizedLayer)):
         return ""
-    if not meter.ran(fqn):
+    if fqn not in meter.ran():
         return "not called: another module may read its weight by itself"
     elsewhere = meter.held_elsewhere(fqn)
     holders = " and ".join(f"{holder} ({nbytes / 2**20:.2f} MiB)" for holder, nbytes in elsewhere.items())

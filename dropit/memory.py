@@ -79,13 +79,13 @@ class CacheMeter:
         """Bytes by who saves them; "Convolution + Relu" are tensors that both hold. Sums to ``total_bytes``."""
         return _sizes(rows_by(lambda held: held.operator, self._held()))
 
-    def ran(self, fqn: str) -> bool:
-        """Whether the module of this name was called."""
-        return fqn in self._inputs
+    def ran(self) -> list[str]:
+        """Names of the modules that were called, in the order of their first calls."""
+        return list(self._inputs)
 
     def held_elsewhere(self, fqn: str) -> dict[str, int]:
         """Bytes of the module's own inputs that it does not hold itself, by who does ("Relu in layer1")."""
-        inputs = {storage.cdata for storage in self._inputs[fqn]} if self.ran(fqn) else set()
+        inputs = {storage.cdata for storage in self._inputs[fqn]} if fqn in self._inputs else set()
         elsewhere = [held for held in self._held() if held.storage in inputs and fqn not in held.modules]
         return _sizes(rows_by(lambda held: f"{held.operator} in {held.modules[0] or 'the model'}", elsewhere))
 

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import dropit
-from dropit.budget import Choice, Item, Option, Plan, parse_bytes
+from dropit.budget import Plan, parse_bytes
+from dropit.calibration import Choice, Item, Option
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_what_is_no_number_of_bytes_is_refused(given):
 
 def item(name, *options):
     """Options as (gamma, bytes, error)."""
-    return Item([name], [Option(Choice(gamma), nbytes, error) for gamma, nbytes, error in options])
+    return Item((name,), [Option(Choice(gamma), nbytes, error) for gamma, nbytes, error in options])
 
 
 def chosen(items, spare):
@@ -240,3 +241,43 @@ def test_what_rounds_worst_is_kept_exact():
     dropit.to_dropit(model, budget=int(0.7 * held(model, x)), example_input=x, loss_fn=torch.sum)
     assert isinstance(model.fine, dropit.layers.QuantizedLayer)
     assert type(model.coarse) is nn.GELU
+
+
+def choices(model):
+    return {fqn: repr(getattr(module, "packer", None)) for fqn, module in model.named_modules()}
+
+
+def test_steps_that_do_not_fit_are_taken_with_the_hosts_memory(monkeypatch):
+    """Who needs a budget often has no room for the exact step that it is measured by."""
+    model, x, loss_fn = setting()
+    budget = int(0.5 * held(model, x))
+    roomy = dropit.to_dropit(copy.deepcopy(model), budget=budget, example_input=x, loss_fn=loss_fn)
+    offloading = []
+
+    def tight(output):
+        if not offloading:
+            raise torch.OutOfMemoryError
+        return loss_fn(output)
+
+    def offload():
+        offloading.append(True)
+        return torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved)  # copies, as from a GPU
+
+    monkeypatch.setattr(dropit.calibration, "save_on_cpu", offload)
+    steps = []
+    dropit.to_dropit(
+        model, budget=budget, example_input=x, loss_fn=tight, on_step=lambda step, steps_: steps.append((step, steps_))
+    )
+    assert len(offloading) == len(steps)
+    assert choices(model) == choices(roomy)
+    assert model.conv.weight.grad is None
+
+
+def test_it_tells_of_each_step():
+    model, x, loss_fn = setting()
+    seen = []
+    budget = int(0.5 * held(model, x))
+    dropit.to_dropit(model, budget=budget, example_input=x, loss_fn=loss_fn, on_step=lambda *step: seen.append(step))
+    taken, every = zip(*seen, strict=True)
+    assert taken == tuple(range(1, every[0] + 1))
+    assert set(every) == {len(seen)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,6 +20,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from yacs.config import CfgNode
 
 from dropit import estimate_cache, to_dropit
@@ -130,7 +131,22 @@ def _budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> dict[str, Any]:
         "loss_fn": lambda logits: cross_entropy(logits, labels),
         "gamma_min": cfg.DROPIT.GAMMA_MIN,
         "gamma_max": cfg.DROPIT.GAMMA_MAX,
+        "on_step": _budget_progress(),
     }
+
+
+def _budget_progress() -> Callable[[int, int], None]:
+    """A bar on a terminal, a line elsewhere, in the first process."""
+    bar = tqdm(desc="budget", unit="step", leave=False, disable=True if rank_zero_only.rank else None)  # type: ignore[attr-defined]
+
+    def show(step: int, steps: int) -> None:
+        bar.total = steps
+        bar.update()
+        if step == steps:
+            bar.close()
+            _say(f"budget       each layer's way chosen by {steps} steps on one batch")
+
+    return show
 
 
 def build_recipe(cfg: CfgNode) -> Recipe:

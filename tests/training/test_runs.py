@@ -367,7 +367,9 @@ def test_info_of_a_plain_config(config, capsys):
 def test_a_budget_is_kept_and_a_probe_compares(config, capsys):
     budget = ["DROPIT.BUDGET_MB", "3", "DROPIT.PROBE_EVERY", "2"]
     assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "2", *budget]) == 0
-    assert "fastmink, 3 MiB: converted" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "fastmink, 3 MiB: converted" in out
+    assert re.search(r"budget +each layer's way chosen by \d+ steps", out)
     log = events(Path("outputs/few/vit/version_0"))
     assert 2.7 <= scalars(log, "dropit/cache_mb")[0] <= 3.01
     assert 0 < scalars(log, "probe/worst_cosine")[-1] < 1
