@@ -21,11 +21,13 @@ def describe(
     input_shape: Sequence[int],
     *,
     moments: int,
+    budget: int = 0,
 ) -> None:
     """Print the model's size and work, its coverage, its cache and the memory that a step is predicted to need.
 
     ``plain`` and ``converted`` build the model; ``converted`` is None where nothing is dropped. ``input_shape``: of
-    one process's batch, (N, C, H, W). ``moments``: tensors that the optimizer keeps for each parameter.
+    one process's batch, (N, C, H, W). ``moments``: tensors that the optimizer keeps for each parameter. ``budget``:
+    bytes that the cache may have, if not 0; how they are spent is measured only when training starts.
     """
     plain_model = _on_meta(plain)
     model = plain_model if converted is None else _on_meta(converted)
@@ -36,6 +38,10 @@ def describe(
     print(f"work         {_flops(model, input_shape) / 1e9:.2f} GFLOP per sample, forward; three times that in a step")
     if converted is not None:
         _print_coverage(model)
+    if budget:
+        print(
+            f"budget       {budget / MIB:g} MiB of cache, spent as measured when training starts; not in the tables"
+        )
     print()
     cache = estimate_cache(model, input_shape)
     if converted is None:
@@ -43,7 +49,7 @@ def describe(
     else:
         cache.show(estimate_cache(plain_model, input_shape))
     print()
-    _print_peak(model, input_shape, cache.total_bytes, moments=moments)
+    _print_peak(model, input_shape, budget or cache.total_bytes, moments=moments)
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:

@@ -140,6 +140,7 @@ def info(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
         (lambda: build_network(cfg, dropit=True)) if cfg.MODEL.DROPIT else None,
         (batch, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE),
         moments=2 if cfg.SOLVER.OPTIMIZER == "adamw" else int(cfg.SOLVER.MOMENTUM > 0),
+        budget=int(cfg.DROPIT.BUDGET_MB * 2**20) if cfg.MODEL.DROPIT else 0,
     )
 
 

@@ -364,6 +364,13 @@ def test_info_of_a_plain_config(config, capsys):
     )
 
 
+def test_info_of_a_budget_predicts_with_it(config, capsys):
+    assert train.main(["--cfg", config, "--mode", "info", "DROPIT.BUDGET_MB", "2.5"]) == 0
+    out = capsys.readouterr().out
+    assert "2.5 MiB of cache, spent as measured when training starts" in out
+    assert re.search(r"cache +2\.5\n", out)
+
+
 def test_a_budget_is_kept_and_a_probe_compares(config, capsys):
     budget = ["DROPIT.BUDGET_MB", "3", "DROPIT.PROBE_EVERY", "2"]
     assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "2", *budget]) == 0
