@@ -39,9 +39,7 @@ def describe(
     if converted is not None:
         _print_coverage(model)
     if budget:
-        print(
-            f"budget       {budget / MIB:g} MiB of cache, spent as measured when training starts; not in the tables"
-        )
+        print(f"budget       {budget / MIB:g} MiB of cache, spent as measured when training starts; not in the tables")
     print()
     cache = estimate_cache(model, input_shape)
     if converted is None:
