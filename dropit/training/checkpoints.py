@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
 from yacs.config import CfgNode
 
 from dropit.training.config import flatten
@@ -51,80 +48,6 @@ def _check_same(kept: dict[str, Any], wanted: dict[str, Any], path: Path, sectio
     for key, value in wanted.items():
         if key.startswith(sections) and key != "MODEL.PRETRAINED" and kept.get(key, value) != value:
             raise ConfigError(f"{path} does not fit: checkpoint {key} {kept[key]}, config {value}")
-
-
-class Interruption(SystemExit):
-    """A run that was asked to stop, and did; the exit code is the shell's for the signal."""
-
-    def __init__(self, signum: int, saved: Path) -> None:
-        super().__init__(128 + signum)
-        self.name, self.saved = signal.Signals(signum).name, saved
-
-
-class Interruptions(Callback):
-    """Ends a run that SIGTERM or SIGINT asks to stop: after the batch at hand, with a checkpoint of that moment.
-
-    A second signal ends it at once. ``last``: where the run's last.ckpt goes.
-    """
-
-    EVERY = 10  # batches, after which several processes ask each other
-
-    def __init__(self, last: ModelCheckpoint) -> None:
-        self._last = last
-        self._signum = 0
-        self._before: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals from Lightning, which would end a run without a word, and with exit code 0."""
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop here, if asked to."""
-        self._stop_if_asked(trainer, batch_idx)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Or in an evaluation."""
-        self._stop_if_asked(trainer, batch_idx)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As at the end, which Lightning does not come to."""
-        self._restore()
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self._signum = signum
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _stop_if_asked(self, trainer: Trainer, batch_idx: int) -> None:
-        signum = self._signum
-        if trainer.world_size > 1:
-            if batch_idx % self.EVERY:
-                return
-            asked = torch.tensor(signum, device=trainer.strategy.root_device)
-            signum = int(trainer.strategy.all_gather(asked).max())
-        if signum:
-            path = Path(self._last.dirpath or ".", f"{self._last.filename}.ckpt")
-            trainer.save_checkpoint(path)
-            raise Interruption(signum, path)
 
 
 class RandomKeeper(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from dropit.training.errors import ConfigError, SetupError
 from dropit.training.info import describe
 from dropit.training.module import Classifier
 from dropit.training.probe import GradientProbe
+from dropit.training.stopping import FiniteLoss, Interruption, Interruptions
 from dropit.training.timing import as_table, time_loading, time_steps
 
 _TIMED_STEPS = 20
@@ -44,6 +46,7 @@ _TIMED_STEPS = 20
 _OPTIMIZERS_STATE = ("SOLVER.OPTIMIZER", "SOLVER.NO_DECAY", "SOLVER.LAYER_DECAY")
 _KNOWN_WARNINGS = (
     ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
+    ".*functional.all_gather is deprecated.*",  # by Lightning 2.6, on torch >= 2.14
     ".*does not have many workers.*",
     ".*will create .* worker processes.*",
     ".*Checkpoint directory .* exists.*",  # on --resume
@@ -94,18 +97,23 @@ def _callbacks(cfg: CfgNode, monitors: list[Callback], best: ModelCheckpoint, la
     # The probe's own steps are not to be measured.
     probes = [GradientProbe(cfg.DROPIT.PROBE_EVERY)] if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY else []
     averaging = build_averaging(cfg)  # what checkpoints keep
-    keepers = [best, last, checkpoints.ConfigKeeper(cfg), checkpoints.RandomKeeper(), checkpoints.Interruptions(last)]
+    keepers = [best, last, checkpoints.ConfigKeeper(cfg), checkpoints.RandomKeeper(), Interruptions(last)]
     lines = [] if sys.stdout.isatty() else [EpochLines()]
-    return [*probes, *monitors, *averaging, Dashboard(_hparams(cfg)), *keepers, *lines]
+    return [FiniteLoss(last), *probes, *monitors, *averaging, Dashboard(_hparams(cfg)), *keepers, *lines]
 
 
 def _fit(trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: Path | None) -> None:
     """Train, from the checkpoint on if there is one; a run that was asked to stop says how to go on."""
     try:
         trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
-    except checkpoints.Interruption as stopped:
+    except Interruption as stopped:
         if trainer.is_global_zero:
             print(f"train.py: stopped by {stopped.name}; --resume goes on from {stopped.saved}", file=sys.stderr)
+        raise
+    except BaseException:
+        # The other processes would wait for this one in a collective, on GPUs for half an hour.
+        if kill := getattr(trainer.strategy.launcher, "kill", None):
+            kill(signal.SIGKILL)
         raise
 
 

@@ -1,0 +1,152 @@
+"""What ends a run before its time: a signal, or a loss that is no longer a number."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dropit.training.errors import UserError
+
+
+class Interruption(SystemExit):
+    """A run that was asked to stop, and did; the exit code is the shell's for the signal."""
+
+    def __init__(self, signum: int, saved: Path) -> None:
+        super().__init__(128 + signum)
+        self.name, self.saved = signal.Signals(signum).name, saved
+
+
+class Interruptions(Callback):
+    """Ends a run that SIGTERM or SIGINT asks to stop: after the batch at hand, with a checkpoint of that moment.
+
+    A second signal ends it at once. ``last``: where the run's last.ckpt goes.
+    """
+
+    EVERY = 10  # batches, after which several processes ask each other
+
+    def __init__(self, last: ModelCheckpoint) -> None:
+        self._last = last
+        self._signum = 0
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the signals from Lightning, which would end a run without a word, and with exit code 0."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop here, if asked to."""
+        self._stop_if_asked(trainer, batch_idx)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Or in an evaluation."""
+        self._stop_if_asked(trainer, batch_idx)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """As at the end, which Lightning does not come to."""
+        self._restore()
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self._signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _stop_if_asked(self, trainer: Trainer, batch_idx: int) -> None:
+        signum = self._signum
+        if trainer.world_size > 1:
+            if batch_idx % self.EVERY:
+                return
+            asked = torch.tensor(signum, device=trainer.strategy.root_device)
+            signum = int(trainer.strategy.all_gather(asked).max())
+        if signum:
+            path = Path(self._last.dirpath or ".", f"{self._last.filename}.ckpt")
+            trainer.save_checkpoint(path)
+            raise Interruption(signum, path)
+
+
+class DivergedError(UserError):
+    """The loss, or a weight, is infinite or no number: going on would train nothing."""
+
+
+class FiniteLoss(Callback):
+    """Ends a run whose loss is infinite or no number, and lets no checkpoint be written of weights that are.
+
+    The loss is looked at a step later, when it has been computed anyway, so that no GPU waits. ``last`` says
+    where the run's checkpoints are.
+    """
+
+    def __init__(self, last: ModelCheckpoint) -> None:
+        self._last = last
+        self._loss: Tensor | None = None
+        self._step = ""
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Look at the loss of the step before; keep this one's, of all processes together."""
+        self._check(trainer)
+        self._loss = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")  # type: ignore[assignment]
+        self._step = (
+            f"step {trainer.global_step}, batch {batch_idx + 1} of {trainer.num_training_batches} in epoch "
+            f"{trainer.current_epoch + 1}"
+        )
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the last step's, too."""
+        self._check(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before it is spent on an evaluation."""
+        self._check(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Raise instead of writing what cannot be gone on from."""
+        self._check(trainer)
+        if not trainer.strategy.reduce_boolean_decision(_is_finite(pl_module)):
+            self._stop(trainer, f"a weight is no longer a finite number after {self._step}")
+
+    def _check(self, trainer: Trainer) -> None:
+        if self._loss is not None and not self._loss.isfinite():
+            self._stop(trainer, f"the loss is {self._loss.item()} at {self._step}")
+
+    def _stop(self, trainer: Trainer, what: str) -> None:
+        self._loss = None
+        if not trainer.is_global_zero:  # one process speaks for all
+            raise SystemExit(DivergedError.exit_code)
+        directory = Path(self._last.dirpath or ".")
+        kept = sorted(directory.glob("*.ckpt"))
+        before = f"; {directory} has {' and '.join(path.name for path in kept)} of before" if kept else ""
+        raise DivergedError(f"{what}: a smaller SOLVER.LR, SOLVER.CLIP_NORM or SOLVER.WARMUP_EPOCHS may help{before}")
+
+
+def _is_finite(module: nn.Module) -> bool:
+    """Whether all parameters are, as far as this process has them."""
+    parts = (parameter.detach() for parameter in module.parameters())
+    local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+    return all(bool(part.isfinite().all()) for part in local)
