@@ -25,6 +25,7 @@ from yacs.config import CfgNode
 
 from dropit import estimate_cache, to_dropit
 from dropit.training.callbacks import CacheMonitor
+from dropit.training.checkpoint_io import CheckpointWriter
 from dropit.training.config import flatten
 from dropit.training.data import ImageData, Samples
 from dropit.training.datasets import Source, check_classes, open_dataset
@@ -226,6 +227,18 @@ def is_sharded(cfg: CfgNode) -> bool:
     return cfg.PARALLEL == "fsdp" and processes(cfg) > 1  # type: ignore[no-any-return]
 
 
+def moments(cfg: CfgNode) -> int:
+    """Tensors that the optimizer keeps for each parameter."""
+    return 2 if cfg.SOLVER.OPTIMIZER == "adamw" else int(cfg.SOLVER.MOMENTUM > 0)
+
+
+def state_bytes(model: nn.Module, cfg: CfgNode) -> int:
+    """Of a checkpoint: weights, their average, buffers and the optimizer's state."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return (2 if cfg.SOLVER.EMA else 1) * weights + moments(cfg) * trained
+
+
 def build_cache_monitor(cfg: CfgNode) -> CacheMonitor:
     """It measures; where the weights are shared out, what the plain model would hold is estimated."""
     if not is_sharded(cfg):
@@ -294,7 +307,7 @@ def _strategy(cfg: CfgNode) -> Any:
 def _plugins() -> list[Any]:
     """Under SLURM the batch script queues a job again, and Lightning does not, which would leave files of its own."""
     slurm = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if slurm else []
+    return [CheckpointWriter(), *([SLURMEnvironment(auto_requeue=False)] if slurm else [])]
 
 
 def check_machine(cfg: CfgNode) -> None:

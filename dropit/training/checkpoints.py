@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from yacs.config import CfgNode
 
+from dropit.training.checkpoint_io import is_whole
 from dropit.training.config import flatten
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.pretrained import read_file
@@ -35,13 +36,23 @@ def version_dir(checkpoint: Path) -> Path:
 def read(path: Path, *, like: CfgNode, sections: tuple[str, ...]) -> dict[str, Any]:
     """A checkpoint that train.py wrote with a config that is ``like`` this one in the ``sections`` that matter.
 
-    Refused if it holds anything but tensors and plain values.
+    Raises SetupError where it is damaged, something else, or holds anything but tensors and plain values, and
+    ConfigError where it does not fit.
     """
+    whole = is_whole(path) if path.is_file() else None
+    if whole is False:
+        raise SetupError(f"CKPT {path}: damaged, its checksum does not fit{_beside(path)}")
     checkpoint = read_file(path, "CKPT")
-    if not isinstance(checkpoint, dict) or "config" not in checkpoint or "state_dict" not in checkpoint:
-        raise SetupError(f"{path}: not a checkpoint of train.py")
+    if whole is None or not isinstance(checkpoint, dict) or "config" not in checkpoint:
+        raise SetupError(f"CKPT {path}: not a checkpoint of train.py{_beside(path)}")
     _check_same(flatten(CfgNode.load_cfg(checkpoint["config"])), flatten(like), path, sections)
     return checkpoint
+
+
+def _beside(path: Path) -> str:
+    """What could be taken instead."""
+    whole = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other != path and is_whole(other)]
+    return f"; beside it {' and '.join(whole)} would do" if whole else ""
 
 
 def _check_same(kept: dict[str, Any], wanted: dict[str, Any], path: Path, sections: tuple[str, ...]) -> None:

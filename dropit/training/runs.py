@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 from yacs.config import CfgNode
@@ -28,10 +29,13 @@ from dropit.training.builders import (
     build_network,
     build_trainer,
     check_machine,
+    moments,
     pick_accelerator,
     processes,
+    state_bytes,
 )
 from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
+from dropit.training.checkpoint_io import check_space
 from dropit.training.config import load
 from dropit.training.data import ImageData
 from dropit.training.errors import ConfigError, SetupError
@@ -59,13 +63,12 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     if cfg.CKPT and not resume:
         raise ConfigError("CKPT is for --resume or --mode eval; to start from weights use MODEL.PRETRAINED")
     directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
-    checkpoint = None
-    if resume:
-        checkpoint = _find_checkpoint(cfg, directory, "last")
-        checkpoints.read(checkpoint, like=cfg, sections=("DATASET", "MODEL.", "DROPIT.", *_OPTIMIZERS_STATE))
+    checkpoint = _find_last(cfg, directory) if resume else None
     data = build_data(cfg)
     classifier = build_classifier(cfg, pretrained=not resume, sample=data.sample())
     _make(directory)
+    if not cfg.TRY_STEPS:
+        check_space(directory, state_bytes(classifier.model, cfg))
 
     cache, speed, (best, last) = build_cache_monitor(cfg), SpeedMonitor(), build_checkpointing()
     callbacks = _callbacks(cfg, [cache, speed], best, last)
@@ -124,7 +127,7 @@ def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -
     cfg = _start(cfg_path, overrides)
     data = build_data(cfg)
     directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
-    path = _find_checkpoint(cfg, directory, "best")
+    path = Path(cfg.CKPT) if cfg.CKPT else checkpoints.newest(directory, "best")
     checkpoint = checkpoints.read(path, like=cfg, sections=("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM"))
     classifier = build_classifier(cfg, pretrained=False)
     classifier.load_state_dict(checkpoint["state_dict"])
@@ -147,7 +150,7 @@ def info(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
         lambda: build_network(cfg, dropit=False),
         (lambda: build_network(cfg, dropit=True)) if cfg.MODEL.DROPIT else None,
         (batch, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE),
-        moments=2 if cfg.SOLVER.OPTIMIZER == "adamw" else int(cfg.SOLVER.MOMENTUM > 0),
+        moments=moments(cfg),
         budget=int(cfg.DROPIT.BUDGET_MB * 2**20) if cfg.MODEL.DROPIT else 0,
     )
 
@@ -204,8 +207,24 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _find_checkpoint(cfg: CfgNode, directory: Path, name: str) -> Path:
-    return Path(cfg.CKPT) if cfg.CKPT else checkpoints.newest(directory, name)
+def _find_last(cfg: CfgNode, directory: Path) -> Path:
+    """The checkpoint to go on from: CKPT, or the newest run's last.ckpt, or its best.ckpt where that is damaged."""
+
+    def fits(path: Path) -> Path:
+        checkpoints.read(path, like=cfg, sections=("DATASET", "MODEL.", "DROPIT.", *_OPTIMIZERS_STATE))
+        return path
+
+    if cfg.CKPT:
+        return fits(Path(cfg.CKPT))
+    last = checkpoints.newest(directory, "last")
+    try:
+        return fits(last)
+    except SetupError as error:
+        best = last.with_name("best.ckpt")
+        if not best.is_file():
+            raise
+        rank_zero_only(print)(f"train.py: {error}; going on from {best}", file=sys.stderr)
+        return fits(best)
 
 
 def _make(directory: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from dropit.training import runs
+from dropit.training import checkpoint_io, runs
+from dropit.training.checkpoint_io import is_whole
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.module import Classifier
 
@@ -179,12 +180,64 @@ def test_a_resume_under_another_gamma_or_optimizer_is_refused(config, capsys, ke
     assert f"checkpoint {key} {kept}, config {other}" in line
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>", b"version https://git-lfs"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut off", b"<html>", b"version https://git-lfs", b"\x80\x02."])
 def test_a_broken_checkpoint_is_refused(config, capsys, content):
     Path("broken.ckpt").write_bytes(content)
     code, line = failure(capsys, "--cfg", config, "--resume", "CKPT", "broken.ckpt")
     assert code == 1
     assert "broken.ckpt" in line
+
+
+def flip_a_bit(path):
+    content = bytearray(Path(path).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(path).write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(config, capsys):
+    arguments = ["--cfg", config, "SOLVER.MAX_EPOCHS", "2"]
+    assert train.main(arguments) == 0
+    directory = Path("outputs/few/vit/version_0/checkpoints")
+    flip_a_bit(directory / "last.ckpt")
+    capsys.readouterr()
+    for mode in (["--resume"], ["--mode", "eval"]):
+        code, line = failure(capsys, *arguments, *mode, "CKPT", str(directory / "last.ckpt"))
+        assert code == 1
+        assert "last.ckpt: damaged, its checksum does not fit; beside it best.ckpt would do" in line
+    assert train.main([*arguments, "--resume", "SOLVER.MAX_EPOCHS", "3"]) == 0
+    assert (
+        f"does not fit; beside it best.ckpt would do; going on from {directory / 'best.ckpt'}"
+        in capsys.readouterr().err
+    )
+    assert torch.load(directory / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
+def test_what_another_program_saved_is_no_checkpoint_to_go_on_from(config, capsys):
+    torch.save({"state_dict": {}, "config": "SEED: 1"}, "other.ckpt")
+    code, line = failure(capsys, "--cfg", config, "--resume", "CKPT", "other.ckpt")
+    assert code == 1
+    assert "other.ckpt: not a checkpoint of train.py" in line
+
+
+def test_a_full_disk_ends_the_run_in_one_line(config, capsys):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    last = Path("outputs/few/vit/version_0/checkpoints/last.ckpt")
+    command = f"ulimit -f 1000; exec {sys.executable} {ROOT / 'train.py'} --cfg {config} --resume"  # blocks of 1 KiB
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "cannot be written" in done.stderr
+    assert is_whole(last)
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+    assert not list(last.parent.glob("*.part"))
+
+
+def test_too_little_room_is_said_before_training(config, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint_io, "_free", lambda path: 6_000_000)
+    code, line = failure(capsys, "--cfg", config)
+    assert code == 1
+    assert re.search(r"OUTPUT_DIR needs \d+ MB for checkpoints, 6 MB free at outputs/few/vit", line)
+    assert not list(Path("outputs").rglob("events*"))
 
 
 def test_a_place_that_cannot_be_written_is_said_before_training(config, capsys):

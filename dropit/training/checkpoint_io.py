@@ -1,0 +1,93 @@
+"""Checkpoints on the disk: written whole or not at all, with a checksum that tells a damaged one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from dropit.training.errors import SetupError
+
+_MARK = b"sha256:"
+_SEAL = len(_MARK) + 64  # bytes of a checksum in hexadecimal digits, and what is before it
+_LENGTH = struct.Struct("<H")
+_BLOCK = 2**20
+
+
+class CheckpointWriter(TorchCheckpointIO):
+    """Writes beside the target, to the disk, and then in its place, so that there is always a whole checkpoint."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write it, with a checksum. Raises SetupError where it cannot; what was there before is then still there."""
+        path = Path(path)
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(checkpoint, part)
+            _seal(part)
+            part.replace(path)
+            _sync(path.parent)
+        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
+            part.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or f"{_free(path.parent) / 1e6:.0f} MB are free there"
+            raise SetupError(f"{path}: cannot be written ({reason}); what was saved before is as it was") from error
+
+
+def _seal(path: Path) -> None:
+    """Put the checksum of a zip file, which torch.save writes, into its comment: its last bytes, which readers skip."""
+    with path.open("r+b") as file:
+        digest = _digest(file, path.stat().st_size - _LENGTH.size)
+        file.seek(-_LENGTH.size, os.SEEK_END)  # the comment's length, until now 0
+        file.write(_LENGTH.pack(_SEAL) + _MARK + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_whole(path: Path) -> bool | None:
+    """Whether a file is what CheckpointWriter wrote, to the last bit; None where it never was or lacks its end."""
+    size = path.stat().st_size - _LENGTH.size - _SEAL
+    if size < 0:
+        return None
+    with path.open("rb") as file:
+        file.seek(size)
+        end = file.read()
+        if not end.startswith(_LENGTH.pack(_SEAL) + _MARK):
+            return None
+        file.seek(0)
+        return end.endswith(_MARK + _digest(file, size))
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """Of the next ``size`` bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for start in range(0, size, _BLOCK):
+        digest.update(file.read(min(_BLOCK, size - start)))
+    return digest.hexdigest().encode()
+
+
+def _sync(directory: Path) -> None:
+    """Let the names in it reach the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+def check_space(directory: Path, nbytes: int) -> None:
+    """Raises SetupError where there is not enough for best.ckpt, last.ckpt and one that is being written."""
+    needed, free = 3 * nbytes, _free(directory)
+    if free < needed:
+        raise SetupError(
+            f"OUTPUT_DIR needs {needed / 1e6:.0f} MB for checkpoints, {free / 1e6:.0f} MB free at {directory}"
+        )
