@@ -85,9 +85,7 @@ def _free(path: Path) -> int:
 
 
 def check_space(directory: Path, nbytes: int) -> None:
-    """Raises SetupError where there is not enough for best.ckpt, last.ckpt and one that is being written."""
-    needed, free = 3 * nbytes, _free(directory)
+    """Raises SetupError where there are not so many left."""
+    needed, free = nbytes / 1e6, _free(directory) / 1e6
     if free < needed:
-        raise SetupError(
-            f"OUTPUT_DIR needs {needed / 1e6:.0f} MB for checkpoints, {free / 1e6:.0f} MB free at {directory}"
-        )
+        raise SetupError(f"OUTPUT_DIR needs {needed:.0f} MB for checkpoints, {free:.0f} MB free at {directory}")

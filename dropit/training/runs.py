@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from yacs.config import CfgNode
 
 from dropit import coverage
@@ -38,7 +41,7 @@ from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, Speed
 from dropit.training.checkpoint_io import check_space
 from dropit.training.config import load
 from dropit.training.data import ImageData
-from dropit.training.errors import ConfigError, SetupError
+from dropit.training.errors import ConfigError, SetupError, UserError
 from dropit.training.info import describe
 from dropit.training.module import Classifier
 from dropit.training.probe import GradientProbe
@@ -67,14 +70,14 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     data = build_data(cfg)
     classifier = build_classifier(cfg, pretrained=not resume, sample=data.sample())
     _make(directory)
-    if not cfg.TRY_STEPS:
-        check_space(directory, state_bytes(classifier.model, cfg))
 
     cache, speed, (best, last) = build_cache_monitor(cfg), SpeedMonitor(), build_checkpointing()
     callbacks = _callbacks(cfg, [cache, speed], best, last)
     # A run that is taken up again goes on in its own logs; one from elsewhere gets new ones.
     known = checkpoint is not None and directory.resolve() in checkpoint.resolve().parents
     version = checkpoints.version_dir(checkpoint).name if checkpoint and known else None
+    if not cfg.TRY_STEPS:  # best.ckpt and last.ckpt, if they are not there yet, and one that is being written
+        check_space(directory, (1 if version else 3) * state_bytes(classifier.model, cfg))
     steps = data.steps_per_epoch(processes(cfg)) // cfg.SOLVER.ACCUMULATE
     trainer = build_trainer(cfg, directory, callbacks, version, log_every=max(1, min(10, steps)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
@@ -113,11 +116,28 @@ def _fit(trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: 
         if trainer.is_global_zero:
             print(f"train.py: stopped by {stopped.name}; --resume goes on from {stopped.saved}", file=sys.stderr)
         raise
-    except BaseException:
-        # The other processes would wait for this one in a collective, on GPUs for half an hour.
-        if kill := getattr(trainer.strategy.launcher, "kill", None):
-            kill(signal.SIGKILL)
+    except BaseException as error:
+        _end_others(trainer, error)
         raise
+
+
+def _end_others(trainer: Trainer, error: BaseException) -> None:
+    """End the processes that this one started: they would wait for it, on GPUs for half an hour.
+
+    Where it fails because one of them did, that is what there is to say. Raises SetupError or SystemExit then.
+    """
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    for rank, process in enumerate(launcher.procs, start=1):
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0 if isinstance(error, UserError) else 1)
+        if process.returncode and process.returncode < 0:
+            name = signal.Signals(-process.returncode).name
+            raise SetupError(f"process {rank} of {trainer.world_size} was ended by {name}") from error
+        if process.returncode:
+            raise SystemExit(process.returncode) from error  # it has said why
+    launcher.kill(signal.SIGKILL)
 
 
 def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
@@ -203,6 +223,8 @@ def _quiet() -> None:
     """Leave out what Lightning says of itself and of the machine; its warnings stay, but for the known ones."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It ends this process where another is lost, and says so as information.
+    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message)
 

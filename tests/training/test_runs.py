@@ -343,6 +343,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, capsys, monkeypatch
 
 
 @pytest.mark.ddp
+def test_a_process_that_is_lost_ends_the_run_at_once_and_is_named(config):
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run:
+        assert next(line for line in run.stdout if line.startswith("epoch 2/"))
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        (other,) = (pid for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        os.kill(int(other), signal.SIGKILL)
+        _, errors = run.communicate(timeout=60)
+    # Lightning looks every five seconds, and may be the first to see it.
+    said = {1: "train.py: process 1 of 2 was ended by SIGKILL", -signal.SIGKILL: "terminated with code -9"}
+    assert said[run.returncode] in errors.splitlines()[-1]
+    assert is_whole(Path("outputs/few/vit/version_0/checkpoints/last.ckpt"))
+
+
+@pytest.mark.ddp
 def test_two_processes_stop_together_when_one_is_asked_to(config):
     command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
