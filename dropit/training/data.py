@@ -200,10 +200,16 @@ class Loader(DataLoader[Loaded | UserError]):
 
     def state_dict(self) -> dict[str, int]:
         """Where it is; Lightning keeps it in checkpoints."""
-        return {"epoch": self.sampler.epoch, "taken": self.sampler.taken}
+        return {"epoch": self.sampler.epoch, "taken": self.sampler.taken, "batch": self.sampler.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there, with the next iteration."""
+        """Go on from there, with the next iteration. Raises ConfigError within an epoch of batches of another size."""
+        taken, size, now = state["taken"], state["batch"], self.sampler.global_batch
+        if now != size and 0 < taken * size < self.sampler.count:
+            raise ConfigError(
+                f"the checkpoint is of the middle of an epoch, after {taken} batches of {size} images: "
+                f"SOLVER.BATCH_SIZE by SOLVER.ACCUMULATE must be {size} again, not {now}"
+            )
         self.sampler.set_epoch(state["epoch"])
         self.sampler.start = self.sampler.taken = state["taken"]
 

@@ -318,6 +318,17 @@ def test_training_sees_each_epochs_own_batches(workers):
     assert torch.cat(learner.validated).tolist() == list(range(20)) * 3
 
 
+def test_batches_of_another_size_go_on_at_an_epochs_end_alone():
+    data = samples()
+    one, other = (ImageData(data, data, batch_size=size).train_dataloader() for size in (8, 4))
+    batches = iter(one)
+    next(batches)
+    with pytest.raises(ConfigError, match=r"after 1 batches of 8 images: .* must be 8 again, not 4"):
+        other.load_state_dict(one.state_dict())
+    assert len(list(batches)) == 2
+    other.load_state_dict(one.state_dict())
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumed_in_mid_epoch_goes_on_as_if_it_had_not_stopped(tmp_path, workers):
     whole = fit(workers, on_device=True, directory=tmp_path)

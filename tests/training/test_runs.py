@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from dropit.training import checkpoint_io, runs
-from dropit.training.checkpoint_io import is_whole
+from dropit.training.checkpoint_io import CheckpointWriter, is_whole
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.module import Classifier
 
@@ -217,6 +217,20 @@ def test_what_another_program_saved_is_no_checkpoint_to_go_on_from(config, capsy
     code, line = failure(capsys, "--cfg", config, "--resume", "CKPT", "other.ckpt")
     assert code == 1
     assert "other.ckpt: not a checkpoint of train.py" in line
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+def test_a_checkpoint_with_code_is_refused_and_not_run_whatever_its_checksum(config, capsys):
+    CheckpointWriter().save_checkpoint({"state_dict": Hostile(), "config": "SEED: 1"}, "hostile.ckpt")
+    for mode in (["--resume"], ["--mode", "eval"]):
+        code, line = failure(capsys, "--cfg", config, *mode, "CKPT", "hostile.ckpt")
+        assert code == 1
+        assert "hostile.ckpt: refused, it holds" in line
+    assert not Path("ran").exists()
 
 
 def test_a_full_disk_ends_the_run_in_one_line(config, capsys):
