@@ -2,8 +2,9 @@
 
     python benchmarks/budget.py [--models resnet18 vit_b_16 ...] [--quick]
 
-Random weights and inputs, no dropout. The error is relative, of all parameters' gradients together. The single gamma is
-the least that fits, in each of compress="lossless", "int8" and "int4"; the best of the three counts.
+Random weights and inputs, no dropout. Errors are relative: of all parameters' gradients together, and the root mean
+square of each weight's own. The single gamma is the least that fits, in each of compress="lossless", "int8" and "int4";
+the one of the three whose gradients together are best counts.
 """
 
 from __future__ import annotations
@@ -25,13 +26,21 @@ PARTS = (0.25, 0.4, 0.6, 0.8)
 _HALVINGS = 7
 
 
-def gradient(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Of all parameters, as one vector."""
+def gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Of all parameters."""
     model.zero_grad()
     loss(model, *batch).backward()
-    grads = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     model.zero_grad()
     return grads
+
+
+def errors(grads: list[Tensor], exact: list[Tensor]) -> tuple[float, float]:
+    """Relative to the exact ones: of all together, and the root mean square of those of each weight by itself."""
+    off = torch.stack([(grad - other).norm() for grad, other in zip(grads, exact, strict=True)])
+    norms = torch.stack([other.norm() for other in exact])
+    weights = torch.tensor([other.dim() > 1 for other in exact])
+    return (off.norm() / norms.norm()).item(), (off / norms)[weights].square().mean().sqrt().item()
 
 
 def single_gamma(model: nn.Module, fits: Callable[[], bool], compress: str) -> float | None:
@@ -60,10 +69,10 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
     def bytes_held() -> int:
         return held(model, lambda: forward(model, inputs))
 
-    def error() -> float:
-        return ((gradient(model, batch) - exact).norm() / exact.norm()).item()
+    def error() -> tuple[float, float]:
+        return errors(gradients(model, batch), exact)
 
-    plain, exact = bytes_held(), gradient(copy.deepcopy(model), batch)
+    plain, exact = bytes_held(), gradients(copy.deepcopy(model), batch)
     for part in parts:
         budget = int(part * plain)
         dropit.to_dropit(
@@ -72,13 +81,13 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
             example_input=inputs,
             loss_fn=lambda output: criterion(output, labels),
         )
-        ours = f"{bytes_held() / budget:.3f} | {error():.2e}"
+        ours = "{:.3f} | {:.1e} | {:.1e}".format(bytes_held() / budget, *error())
         others = []
         for compress in OURS:
             gamma = single_gamma(model, lambda budget=budget: bytes_held() <= budget, compress)
             if gamma is not None:
-                others.append((error(), f"{compress}, gamma {gamma:.2f}"))
-        best = "{:.2e} ({})".format(*min(others)) if others else "does not fit"
+                others.append((*error(), f"{compress}, gamma {gamma:.2f}"))
+        best = "{:.1e} | {:.1e} | {}".format(*min(others)) if others else "| | does not fit"
         dropit.from_dropit(model)
         print(f"| {title} | {part:.0%} of {plain / MIB:.0f} | {ours} | {best} |", flush=True)
 
@@ -91,7 +100,16 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", "gamma .* saves nothing")
-    header = ["model", "budget, MiB", "held / budget", "gradient error", "error of the best single gamma"]
+    header = [
+        "model",
+        "budget, MiB",
+        "held / budget",
+        "error",
+        "of each weight",
+        "single gamma: error",
+        "of each weight",
+    ]
+    header.append("which")
     print(report.table(header, []), flush=True)
     for name in ["resnet18_cifar"] if args.quick else args.models:
         torch.manual_seed(0)

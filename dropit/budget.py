@@ -98,8 +98,8 @@ def fit(
     value_dtype: torch.dtype,
     levels: tuple[int, ...],
     on_step: Callable[[int, int], None] | None = None,
-) -> None:
-    """Choose and apply the setting under which ``forward()`` holds at most ``budget`` bytes.
+) -> Setting:
+    """The setting of least error under which ``forward()`` holds at most ``budget`` bytes.
 
     ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; its own cache is not counted.
     ``value_dtype``: what kept values are stored in, but where all are kept as they are. ``levels``: the numbers of bits
@@ -133,4 +133,4 @@ def fit(
             high = spare
         moved = spare + (1 + _CLOSE) / 2 * budget - held
         spare = moved if low < moved < high else (low + high) / 2
-    configure(chosen)
+    return chosen

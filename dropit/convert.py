@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dropit.layers import (
 )
 from dropit.memory import CacheMeter
 from dropit.packer import Packer
-from dropit.strategies import STRATEGIES, Draws, ElementStrategy, make_strategy
+from dropit.strategies import STRATEGIES, Draws, ElementStrategy, Strategy, make_strategy
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -76,10 +77,10 @@ def to_dropit(
 
     budget: bytes, or text such as "4 GiB", that a forward pass of ``example_input`` may hold for backward. Each layer's
     gamma, in [gamma_min, gamma_max], whether it stores its values in int8 (or in ``value_dtype``, if given), and its
-    bits are then chosen so that it fits and the gradient errs least; ``gamma`` and ``compress`` are not asked. Some 15
-    steps and one for each layer that quantizes are taken to measure that, with ``loss_fn`` of the output (if None the
-    mean of its squares, or a Hugging Face output's own loss); where one does not fit into the GPU's memory, what it
-    saves waits in the host's. The model's state is left as it was.
+    bits are then chosen so that it fits and the gradients err least, together and each layer's relative to itself;
+    ``gamma`` and ``compress`` are not asked. 15 steps and one for each group of layers that quantizes are taken to
+    measure that, with ``loss_fn`` of the output (if None the mean of its squares, or a Hugging Face output's own loss);
+    once one does not fit into the GPU's memory, what they save waits in the host's. The model's state stays as it was.
     example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
     on_step: called after each of these steps with its number and how many there are, to show progress.
 
@@ -93,21 +94,17 @@ def to_dropit(
             raise ValueError(f"0 <= gamma_min <= gamma_max < 1 is needed, got {gamma_min} and {gamma_max}")
         parse_bytes(budget)
         gamma, compress = gamma_max, "int8"  # to begin with
-    if compress not in COMPRESS:
-        raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
-    bits = _BITS.get(compress)
-    if stochastic and bits is None:
-        raise ValueError(f"stochastic rounding needs compress to be int8 or int4, got {compress!r}")
-    options = {"block_size": block_size, "per_sample": per_sample, "seed": None if stochastic else seed}
-    if stochastic and strategy in STRATEGIES and issubclass(STRATEGIES[strategy], Draws):
-        options["seed"] = seed
-    packer = Packer(
-        make_strategy(strategy, gamma, **options),  # type: ignore[arg-type]
-        _value_dtype(value_dtype),
-        bits=bits,
+    make = partial(
+        _packer,
+        strategy,
+        gamma,
+        block_size=block_size,
+        per_sample=per_sample,
+        value_dtype=_value_dtype(value_dtype),
+        compress=compress,
         stochastic=stochastic,
-        seed=seed if stochastic else None,
     )
+    packer = make(seed=seed)
     targets: Targets = {}
     for fqn, module in _spoken_of(model):
         swap = swap_for(plain_type(module))
@@ -118,11 +115,16 @@ def to_dropit(
     _warn_if_nothing_shrinks(packer, model)
     for module, swap in targets.values():
         _swap(module, swap if _is_wanted(swap, compress) else None, packer)
-    if budget is not None:
-        fit(
+    if budget is None:
+        return model
+
+    # With random numbers of their own, layers leave dropout its: steps differ in nothing but the setting.
+    calibrated = make(seed=0) if packer.draws and seed is None else packer
+    try:
+        setting = fit(
             model,
             parse_bytes(budget),
-            lambda setting: _configure(targets, packer, setting),
+            lambda setting: _configure(targets, calibrated, setting),
             lambda: _call(model, example_input),
             loss_fn or _some_loss,
             gamma_min=gamma_min,
@@ -131,7 +133,34 @@ def to_dropit(
             levels=tuple(_BITS.values()),
             on_step=on_step,
         )
+    except BaseException:
+        from_dropit(model)
+        raise
+    _configure(targets, packer, setting)
     return model
+
+
+def _packer(
+    strategy: str,
+    gamma: float,
+    *,
+    block_size: int | None,
+    per_sample: bool | None,
+    value_dtype: torch.dtype | None,
+    compress: str,
+    stochastic: bool,
+    seed: int | None,
+) -> Packer:
+    """Raises ValueError where the arguments do not go together."""
+    if compress not in COMPRESS:
+        raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
+    bits = _BITS.get(compress)
+    if stochastic and bits is None:
+        raise ValueError(f"stochastic rounding needs compress to be int8 or int4, got {compress!r}")
+    draws = issubclass(STRATEGIES.get(strategy, Strategy), Draws)
+    own_seed = None if stochastic and not draws else seed
+    chosen = make_strategy(strategy, gamma, block_size=block_size, per_sample=per_sample, seed=own_seed)
+    return Packer(chosen, value_dtype, bits=bits, stochastic=stochastic, seed=seed if stochastic else None)
 
 
 def _swap(module: nn.Module, swap: type[DropITLayer] | None, packer: Packer) -> None:

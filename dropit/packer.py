@@ -48,6 +48,11 @@ class Packer:
         self._draws = Draws(seed=seed)
         self._known: Any = WeakTensorKeyDictionary()  # entries die with their tensor
 
+    @property
+    def draws(self) -> bool:
+        """Whether anything is random."""
+        return self.stochastic or isinstance(self.strategy, Draws)
+
     def store(self, x: Tensor, source: Tensor, *, channel_dim: int = -1, batch_dim: int = 0) -> Stored:
         """What to keep of ``x``, which is ``source`` or what autocast made of it: packed, if it is not held anyway."""
         known = offered(source)

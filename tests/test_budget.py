@@ -124,7 +124,7 @@ def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
     budget = int(part * held(plain, x))
     ours = dropit.to_dropit(copy.deepcopy(plain), budget=budget, example_input=x, loss_fn=loss_fn)
     size = held(ours, x)
-    assert 0.85 * budget <= size <= budget  # a layer or two of so few make up the rest
+    assert 0.75 * budget <= size <= budget  # a layer or two of so few make up the rest
     error = (gradient(ours, x, loss_fn) - exact).norm()
     for compress in ("lossless", "int8", "int4"):
         for gamma in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
