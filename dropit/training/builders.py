@@ -126,10 +126,12 @@ def _budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> dict[str, Any]:
     device = torch.device("cuda", int(local)) if gpu else torch.device("cpu")
     images, labels = (tensor.to(device) for tensor in sample)
     model.to(device).train()
+    # In fp16 small gradients would be none. Only the errors' ratios matter.
+    scale = 2.0**12 if cfg.TRAIN.PRECISION == "fp16" else 1.0
     return {
         "budget": int(cfg.DROPIT.BUDGET_MB * 2**20),
         "example_input": images,
-        "loss_fn": lambda logits: cross_entropy(logits, labels),
+        "loss_fn": lambda logits: scale * cross_entropy(logits, labels),
         "gamma_min": cfg.DROPIT.GAMMA_MIN,
         "gamma_max": cfg.DROPIT.GAMMA_MAX,
         "on_step": _budget_progress(),
@@ -137,7 +139,7 @@ def _budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> dict[str, Any]:
 
 
 def _budget_progress() -> Callable[[int, int], None]:
-    """A bar on a terminal, a line elsewhere, in the first process."""
+    """A bar on a terminal, and then a line, in the first process."""
     bar = tqdm(desc="budget", unit="step", leave=False, disable=True if rank_zero_only.rank else None)  # type: ignore[attr-defined]
 
     def show(step: int, steps: int) -> None:
@@ -145,7 +147,7 @@ def _budget_progress() -> Callable[[int, int], None]:
         bar.update()
         if step == steps:
             bar.close()
-            _say(f"budget       each layer's way chosen by {steps} steps on one batch")
+            _say(f"budget       measured in {steps} steps on one batch")
 
     return show
 

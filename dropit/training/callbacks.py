@@ -53,7 +53,9 @@ class SpeedMonitor(Callback):
         self._start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, and memory's peak anew."""
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self._samples = 0
         self._start = time.perf_counter()
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,38 +30,47 @@ class CheckpointWriter(TorchCheckpointIO):
         part = path.with_suffix(".part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, part)
-            _seal(part)
+            with part.open("w+b") as file:
+                torch.save(checkpoint, file)
+                _seal(file)
             part.replace(path)
             _sync(path.parent)
-        except (OSError, RuntimeError) as error:  # torch's own writer raises the latter on a full disk
-            part.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or f"{_free(path.parent) / 1e6:.0f} MB are free there"
-            raise SetupError(f"{path}: cannot be written ({reason}); what was saved before is as it was") from error
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                part.unlink()
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise  # as of a GPU, whose errors often come up where something is copied from it
+            raise SetupError(
+                f"{path}: cannot be written ({cause.strerror}); what was saved before is as it was"
+            ) from error
 
 
-def _seal(path: Path) -> None:
+def _seal(file: BinaryIO) -> None:
     """Put the checksum of a zip file, which torch.save writes, into its comment: its last bytes, which readers skip."""
-    with path.open("r+b") as file:
-        digest = _digest(file, path.stat().st_size - _LENGTH.size)
-        file.seek(-_LENGTH.size, os.SEEK_END)  # the comment's length, until now 0
-        file.write(_LENGTH.pack(_SEAL) + _MARK + digest)
-        file.flush()
-        os.fsync(file.fileno())
+    file.flush()
+    size = file.seek(-_LENGTH.size, os.SEEK_END)  # up to the comment's length, until now 0
+    file.seek(0)
+    digest = _digest(file, size)
+    file.seek(size)
+    file.write(_LENGTH.pack(_SEAL) + _MARK + digest)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def is_whole(path: Path) -> bool | None:
-    """Whether a file is what CheckpointWriter wrote, to the last bit; None where it never was or lacks its end."""
-    size = path.stat().st_size - _LENGTH.size - _SEAL
-    if size < 0:
+    """Whether a file is what CheckpointWriter wrote, to the last bit; None where it never was, or cannot be read."""
+    try:
+        size = path.stat().st_size - _LENGTH.size - _SEAL
+        with path.open("rb") as file:
+            file.seek(max(size, 0))
+            end = file.read()
+            if not end.startswith(_LENGTH.pack(_SEAL) + _MARK):
+                return None
+            file.seek(0)
+            return end.endswith(_MARK + _digest(file, size))
+    except OSError:
         return None
-    with path.open("rb") as file:
-        file.seek(size)
-        end = file.read()
-        if not end.startswith(_LENGTH.pack(_SEAL) + _MARK):
-            return None
-        file.seek(0)
-        return end.endswith(_MARK + _digest(file, size))
 
 
 def _digest(file: BinaryIO, size: int) -> bytes:

@@ -41,7 +41,7 @@ def read(path: Path, *, like: CfgNode, sections: tuple[str, ...]) -> dict[str, A
     """
     whole = is_whole(path) if path.is_file() else None
     if whole is False:
-        raise SetupError(f"CKPT {path}: damaged, its checksum does not fit{_beside(path)}")
+        raise SetupError(f"CKPT {path}: damaged, its checksum does not match{_beside(path)}")
     checkpoint = read_file(path, "CKPT")
     if whole is None or not isinstance(checkpoint, dict) or "config" not in checkpoint:
         raise SetupError(f"CKPT {path}: not a checkpoint of train.py{_beside(path)}")

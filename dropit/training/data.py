@@ -208,7 +208,7 @@ class Loader(DataLoader[Loaded | UserError]):
         if now != size and 0 < taken * size < self.sampler.count:
             raise ConfigError(
                 f"the checkpoint is of the middle of an epoch, after {taken} batches of {size} images: "
-                f"SOLVER.BATCH_SIZE by SOLVER.ACCUMULATE must be {size} again, not {now}"
+                f"SOLVER.BATCH_SIZE divided by SOLVER.ACCUMULATE must be {size} again, not {now}"
             )
         self.sampler.set_epoch(state["epoch"])
         self.sampler.start = self.sampler.taken = state["taken"]

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from yacs.config import CfgNode
 
 from dropit import coverage
@@ -45,7 +45,7 @@ from dropit.training.errors import ConfigError, SetupError, UserError
 from dropit.training.info import describe
 from dropit.training.module import Classifier
 from dropit.training.probe import GradientProbe
-from dropit.training.stopping import FiniteLoss, Interruption, Interruptions
+from dropit.training.stopping import FiniteLoss, Interruption, Interruptions, take_processes
 from dropit.training.timing import as_table, time_loading, time_steps
 
 _TIMED_STEPS = 20
@@ -68,7 +68,9 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
     checkpoint = _find_last(cfg, directory) if resume else None
     data = build_data(cfg)
-    classifier = build_classifier(cfg, pretrained=not resume, sample=data.sample())
+    # What a budget is spent on is measured with the weights that the run began with.
+    pretrained = not resume or cfg.DROPIT.BUDGET_MB > 0
+    classifier = build_classifier(cfg, pretrained=pretrained, sample=data.sample())
     _make(directory)
 
     cache, speed, (best, last) = build_cache_monitor(cfg), SpeedMonitor(), build_checkpointing()
@@ -77,7 +79,7 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     known = checkpoint is not None and directory.resolve() in checkpoint.resolve().parents
     version = checkpoints.version_dir(checkpoint).name if checkpoint and known else None
     if not cfg.TRY_STEPS:  # best.ckpt and last.ckpt, if they are not there yet, and one that is being written
-        check_space(directory, (1 if version else 3) * state_bytes(classifier.model, cfg))
+        rank_zero_only(check_space)(directory, (1 if version else 3) * state_bytes(classifier.model, cfg))
     steps = data.steps_per_epoch(processes(cfg)) // cfg.SOLVER.ACCUMULATE
     trainer = build_trainer(cfg, directory, callbacks, version, log_every=max(1, min(10, steps)))
     if trainer.is_global_zero and cfg.MODEL.DROPIT:
@@ -103,7 +105,13 @@ def _callbacks(cfg: CfgNode, monitors: list[Callback], best: ModelCheckpoint, la
     # The probe's own steps are not to be measured.
     probes = [GradientProbe(cfg.DROPIT.PROBE_EVERY)] if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY else []
     averaging = build_averaging(cfg)  # what checkpoints keep
-    keepers = [best, last, checkpoints.ConfigKeeper(cfg), checkpoints.RandomKeeper(), Interruptions(last)]
+    keepers = [
+        best,
+        last,
+        checkpoints.ConfigKeeper(cfg),
+        checkpoints.RandomKeeper(),
+        Interruptions(None if cfg.TRY_STEPS else last),
+    ]
     lines = [] if sys.stdout.isatty() else [EpochLines()]
     return [FiniteLoss(last), *probes, *monitors, *averaging, Dashboard(_hparams(cfg)), *keepers, *lines]
 
@@ -114,30 +122,34 @@ def _fit(trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: 
         trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     except Interruption as stopped:
         if trainer.is_global_zero:
-            print(f"train.py: stopped by {stopped.name}; --resume goes on from {stopped.saved}", file=sys.stderr)
+            after = f"--resume goes on from {stopped.saved}" if stopped.saved else "nothing was written"
+            print(f"train.py: stopped by {stopped.name}; {after}", file=sys.stderr)
         raise
-    except BaseException as error:
+    except Exception as error:
         _end_others(trainer, error)
         raise
 
 
-def _end_others(trainer: Trainer, error: BaseException) -> None:
+def _end_others(trainer: Trainer, error: Exception) -> None:
     """End the processes that this one started: they would wait for it, on GPUs for half an hour.
 
     Where it fails because one of them did, that is what there is to say. Raises SetupError or SystemExit then.
     """
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher):
-        return
-    for rank, process in enumerate(launcher.procs, start=1):
+    others = take_processes(trainer)
+    deadline = monotonic() + (0 if isinstance(error, UserError) else 1)
+    ended = {}
+    for rank, process in enumerate(others, start=1):
         with suppress(subprocess.TimeoutExpired):
-            process.wait(0 if isinstance(error, UserError) else 1)
-        if process.returncode and process.returncode < 0:
-            name = signal.Signals(-process.returncode).name
-            raise SetupError(f"process {rank} of {trainer.world_size} was ended by {name}") from error
-        if process.returncode:
-            raise SystemExit(process.returncode) from error  # it has said why
-    launcher.kill(signal.SIGKILL)
+            ended[rank] = process.wait(max(0, deadline - monotonic()))
+    for process in others:
+        process.kill()
+    for rank, code in ended.items():
+        if code < 0:
+            raise SetupError(
+                f"process {rank} of {trainer.world_size} was ended by {signal.Signals(-code).name}"
+            ) from error
+    if any(ended.values()):
+        raise SystemExit(max(ended.values())) from error  # it has said why
 
 
 def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
@@ -245,8 +257,9 @@ def _find_last(cfg: CfgNode, directory: Path) -> Path:
         best = last.with_name("best.ckpt")
         if not best.is_file():
             raise
+        found = fits(best)
         rank_zero_only(print)(f"train.py: {error}; going on from {best}", file=sys.stderr)
-        return fits(best)
+        return found
 
 
 def _make(directory: Path) -> None:

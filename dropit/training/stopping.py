@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,7 +21,7 @@ from dropit.training.errors import UserError
 class Interruption(SystemExit):
     """A run that was asked to stop, and did; the exit code is the shell's for the signal."""
 
-    def __init__(self, signum: int, saved: Path) -> None:
+    def __init__(self, signum: int, saved: Path | None) -> None:
         super().__init__(128 + signum)
         self.name, self.saved = signal.Signals(signum).name, saved
 
@@ -27,12 +29,12 @@ class Interruption(SystemExit):
 class Interruptions(Callback):
     """Ends a run that SIGTERM or SIGINT asks to stop: after the batch at hand, with a checkpoint of that moment.
 
-    A second signal ends it at once. ``last``: where the run's last.ckpt goes.
+    A second signal ends it at once. ``last``: where the run's last.ckpt goes, if anywhere.
     """
 
-    EVERY = 10  # batches, after which several processes ask each other
+    EVERY = 10  # steps, after which several processes ask each other
 
-    def __init__(self, last: ModelCheckpoint) -> None:
+    def __init__(self, last: ModelCheckpoint | None) -> None:
         self._last = last
         self._signum = 0
         self._before: dict[int, Any] = {}
@@ -45,8 +47,10 @@ class Interruptions(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, if asked to."""
-        self._stop_if_asked(trainer, batch_idx)
+        """Stop here, if asked to; not between the batches that accumulate to one step."""
+        step, within = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
+        if (not within or trainer.is_last_batch) and (signum := self._asked(trainer, step)):
+            self._stop(trainer, signum)
 
     def on_validation_batch_end(
         self,
@@ -57,8 +61,12 @@ class Interruptions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Or in an evaluation."""
-        self._stop_if_asked(trainer, batch_idx)
+        """Or in an evaluation, with the weights that training had before it."""
+        if signum := self._asked(trainer, batch_idx):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):  # it evaluates its average in the model's place
+                    callback.on_validation_epoch_end(trainer, pl_module)
+            self._stop(trainer, signum)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the signals back."""
@@ -70,24 +78,40 @@ class Interruptions(Callback):
 
     def _note(self, signum: int, frame: Any) -> None:
         self._signum = signum
-        self._restore()
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
-    def _stop_if_asked(self, trainer: Trainer, batch_idx: int) -> None:
-        signum = self._signum
-        if trainer.world_size > 1:
-            if batch_idx % self.EVERY:
-                return
-            asked = torch.tensor(signum, device=trainer.strategy.root_device)
-            signum = int(trainer.strategy.all_gather(asked).max())
-        if signum:
+    def _asked(self, trainer: Trainer, count: int) -> int:
+        """The signal that one of the processes got, if any; several ask each other at every tenth ``count``."""
+        if trainer.world_size == 1:
+            return self._signum
+        if count % self.EVERY:
+            return 0
+        signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
+        return int(trainer.strategy.all_gather(signum).max())
+
+    def _stop(self, trainer: Trainer, signum: int) -> None:
+        path = None
+        if self._last is not None:
             path = Path(self._last.dirpath or ".", f"{self._last.filename}.ckpt")
             trainer.save_checkpoint(path)
-            raise Interruption(signum, path)
+        take_processes(trainer)
+        raise Interruption(signum, path)
+
+
+def take_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+    """Those that this process started. Lightning, which would kill this one when one of them ends, lets go of them."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return []
+    taken = list(launcher.procs)
+    launcher.procs.clear()  # which its observer looks at
+    return taken
 
 
 class DivergedError(UserError):
@@ -95,7 +119,7 @@ class DivergedError(UserError):
 
 
 class FiniteLoss(Callback):
-    """Ends a run whose loss is infinite or no number, and lets no checkpoint be written of weights that are.
+    """Ends a run whose loss is infinite or no number, and writes no checkpoint whose weights are not finite.
 
     The loss is looked at a step later, when it has been computed anyway, so that no GPU waits. ``last`` says
     where the run's checkpoints are.
@@ -104,6 +128,7 @@ class FiniteLoss(Callback):
     def __init__(self, last: ModelCheckpoint) -> None:
         self._last = last
         self._loss: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
         self._step = ""
 
     def on_train_batch_end(
@@ -111,7 +136,11 @@ class FiniteLoss(Callback):
     ) -> None:
         """Look at the loss of the step before; keep this one's, of all processes together."""
         self._check(trainer)
-        self._loss = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")  # type: ignore[assignment]
+        loss: Tensor = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")  # type: ignore[assignment]
+        self._loss = loss.to("cpu", non_blocking=True)
+        if loss.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
         self._step = (
             f"step {trainer.global_step}, batch {batch_idx + 1} of {trainer.num_training_batches} in epoch "
             f"{trainer.current_epoch + 1}"
@@ -132,16 +161,18 @@ class FiniteLoss(Callback):
             self._stop(trainer, f"a weight is no longer a finite number after {self._step}")
 
     def _check(self, trainer: Trainer) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
         if self._loss is not None and not self._loss.isfinite():
             self._stop(trainer, f"the loss is {self._loss.item()} at {self._step}")
 
     def _stop(self, trainer: Trainer, what: str) -> None:
         self._loss = None
         if not trainer.is_global_zero:  # one process speaks for all
-            raise SystemExit(DivergedError.exit_code)
+            raise SystemExit(0)
         directory = Path(self._last.dirpath or ".")
         kept = sorted(directory.glob("*.ckpt"))
-        before = f"; {directory} has {' and '.join(path.name for path in kept)} of before" if kept else ""
+        before = f"; {directory} holds the earlier {' and '.join(path.name for path in kept)}" if kept else ""
         raise DivergedError(f"{what}: a smaller SOLVER.LR, SOLVER.CLIP_NORM or SOLVER.WARMUP_EPOCHS may help{before}")
 
 

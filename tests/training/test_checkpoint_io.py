@@ -86,8 +86,7 @@ def test_where_there_is_no_room_nothing_is_lost_and_nothing_left_over(tmp_path, 
     assert path.stat().st_size > 81_000
     with files_of_at_most(room), pytest.raises(SetupError) as raised:
         write(path, 2)
-    assert f"{path}: cannot be written (" in str(raised.value)
-    assert "what was saved before is as it was" in str(raised.value)
+    assert f"{path}: cannot be written (File too large); what was saved before is as it was" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert is_whole(path)
     assert torch.load(path, weights_only=True)["epoch"] == 1
@@ -98,20 +97,44 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     """At 40 moments, of a process that does nothing but write."""
     path = write(tmp_path / "last.ckpt", 0)
     generator = torch.Generator().manual_seed(0)
-    seen = set()
+    seen, within = {0}, 0
     for _ in range(40):
         child = os.fork()
         if not child:
-            for value in range(1, 1_000_000):
-                write(path, value)
+            try:
+                while True:
+                    write(path, max(seen) + 1)
+            finally:
+                os._exit(1)
         time.sleep(0.02 + 0.03 * torch.rand((), generator=generator).item())
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert is_whole(path)
         seen.add(torch.load(path, weights_only=True)["epoch"])
+        within += path.with_suffix(".part").exists()
     assert len(seen) > 3
+    assert within > 3  # were in the middle of writing
     write(path, -1)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # what a killed write left is written over
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    """A GPU's often come up where its tensors are saved."""
+
+    def save(content, file):
+        file.write(b"begun")
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        write(tmp_path / "last.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_no_directory_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match=r"last.ckpt: cannot be written \(\w.*\)"):
+        write(tmp_path / "file" / "last.ckpt")
 
 
 def test_too_little_room_is_refused(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -203,10 +204,10 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(config, capsys):
     for mode in (["--resume"], ["--mode", "eval"]):
         code, line = failure(capsys, *arguments, *mode, "CKPT", str(directory / "last.ckpt"))
         assert code == 1
-        assert "last.ckpt: damaged, its checksum does not fit; beside it best.ckpt would do" in line
+        assert "last.ckpt: damaged, its checksum does not match; beside it best.ckpt would do" in line
     assert train.main([*arguments, "--resume", "SOLVER.MAX_EPOCHS", "3"]) == 0
     assert (
-        f"does not fit; beside it best.ckpt would do; going on from {directory / 'best.ckpt'}"
+        f"does not match; beside it best.ckpt would do; going on from {directory / 'best.ckpt'}"
         in capsys.readouterr().err
     )
     assert torch.load(directory / "last.ckpt", weights_only=True)["epoch"] == 2
@@ -328,9 +329,9 @@ def test_shared_weights_train_with_dropping_and_each_processs_cache_is_told(conf
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(("hook", "taken"), [("training_step", 1), ("training_step", 8), ("validation_step", 8)])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, capsys, monkeypatch, hook, taken, signum):
-    """In mid-epoch, at an epoch's end, in an evaluation; with dropout, augmentation and a random strategy."""
+    """In mid-epoch, at an epoch's end, in an evaluation; with dropout, augmentation, averages, a random strategy."""
     noise = ["MODEL.DROPOUT", "0.2", "TRAIN.FLIP", "true", "TRAIN.ERASING", "0.5", "DROPIT.STRATEGY", "random"]
-    arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "10", "SOLVER.MAX_EPOCHS", "3", *noise]
+    arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "10", "SOLVER.MAX_EPOCHS", "3", "SOLVER.EMA", "0.9", *noise]
     assert train.main(arguments) == 0
     real, before, sent = getattr(Classifier, hook), taken - (hook == "training_step"), []
 
@@ -352,8 +353,49 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, capsys, monkeypatch
     assert train.main([*arguments, "OUTPUT_DIR", "other", "--resume"]) == 0
     whole, resumed = (torch.load(path, weights_only=True) for path in (last.replace("other", "outputs"), last))
     assert resumed["global_step"] == whole["global_step"] == 12
-    for name, weight in whole["state_dict"].items():
-        assert torch.equal(resumed["state_dict"][name], weight), name
+    for part in ("state_dict", "current_model_state"):
+        for name, weight in whole[part].items():
+            assert torch.equal(resumed[part][name], weight), name
+
+
+def test_a_run_is_not_stopped_within_a_step(config, monkeypatch):
+    """But after its last batch: what was accumulated of its gradient is in no checkpoint."""
+    arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "20", "SOLVER.ACCUMULATE", "2", "SOLVER.MAX_EPOCHS", "2"]
+    real, sent = Classifier.training_step, []
+
+    def stopped(self, batch, batch_idx):
+        if not sent and self.trainer.global_step == 2:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return real(self, batch, batch_idx)
+
+    assert train.main(arguments) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(Classifier, "training_step", stopped)
+        with pytest.raises(SystemExit):
+            train.main([*arguments, "OUTPUT_DIR", "other"])
+    last = Path("other/few/vit/version_0/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert train.main([*arguments, "OUTPUT_DIR", "other", "--resume"]) == 0
+    whole = torch.load(Path("outputs", *last.parts[1:]), weights_only=True)["state_dict"]
+    for name, weight in torch.load(last, weights_only=True)["state_dict"].items():
+        assert torch.equal(weight, whole[name]), name
+
+
+def test_a_try_that_is_stopped_writes_nothing(config, capsys, monkeypatch):
+    monkeypatch.setattr(Classifier, "on_train_start", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train.main(["--cfg", config, "TRY_STEPS", "2"])
+    assert capsys.readouterr().err == "train.py: stopped by SIGTERM; nothing was written\n"
+    assert not list(Path("outputs").rglob("*.ckpt"))
+
+
+@contextmanager
+def ended(run):
+    """Whatever the test finds."""
+    try:
+        yield
+    finally:
+        run.kill()
 
 
 @pytest.mark.ddp
@@ -361,7 +403,7 @@ def test_a_process_that_is_lost_ends_the_run_at_once_and_is_named(config):
     command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run:
+    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run, ended(run):
         assert next(line for line in run.stdout if line.startswith("epoch 2/"))
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         (other,) = (pid for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
@@ -378,7 +420,7 @@ def test_two_processes_stop_together_when_one_is_asked_to(config):
     command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run:
+    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run, ended(run):
         line = next(line for line in run.stdout if line.startswith("epoch 2/"))
         run.terminate()
         _, errors = run.communicate(timeout=60)
@@ -405,7 +447,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_good(config, 
     assert max(taken) <= step + 1  # found a step later, at most
     epoch, batch = divmod(step - 1, 4)
     assert f"the loss is {bad} at step {step}, batch {batch + 1} of 4 in epoch {epoch + 1}: a smaller" in line
-    assert "outputs/few/vit/version_0/checkpoints has best.ckpt and last.ckpt of before" in line
+    assert "outputs/few/vit/version_0/checkpoints holds the earlier best.ckpt and last.ckpt" in line
     kept = torch.load("outputs/few/vit/version_0/checkpoints/last.ckpt", weights_only=True)
     assert kept["global_step"] == (step - 1) // 4 * 4
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
@@ -505,7 +547,7 @@ def test_a_budget_is_kept_and_a_probe_compares(config, capsys):
     assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "2", *budget]) == 0
     out = capsys.readouterr().out
     assert "fastmink, 3 MiB: converted" in out
-    assert re.search(r"budget +each layer's way chosen by \d+ steps", out)
+    assert re.search(r"budget +measured in \d+ steps", out)
     log = events(Path("outputs/few/vit/version_0"))
     assert 2.7 <= scalars(log, "dropit/cache_mb")[0] <= 3.01
     assert 0 < scalars(log, "probe/worst_cosine")[-1] < 1
