@@ -49,7 +49,9 @@ class Interruptions(Callback):
     ) -> None:
         """Stop here, if asked to; not between the batches that accumulate to one step."""
         step, within = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
-        if (not within or trainer.is_last_batch) and (signum := self._asked(trainer, step)):
+        if within and not trainer.is_last_batch:
+            return
+        if signum := self._asked(trainer, now=step % self.EVERY == 0 or trainer.is_last_batch):
             self._stop(trainer, signum)
 
     def on_validation_batch_end(
@@ -62,7 +64,7 @@ class Interruptions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Or in an evaluation, with the weights that training had before it."""
-        if signum := self._asked(trainer, batch_idx):
+        if signum := self._asked(trainer, now=batch_idx % self.EVERY == 0):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # it evaluates its average in the model's place
                     callback.on_validation_epoch_end(trainer, pl_module)
@@ -86,11 +88,11 @@ class Interruptions(Callback):
             signal.signal(number, handler)
         self._before = {}
 
-    def _asked(self, trainer: Trainer, count: int) -> int:
-        """The signal that one of the processes got, if any; several ask each other at every tenth ``count``."""
+    def _asked(self, trainer: Trainer, *, now: bool) -> int:
+        """The signal that one of the processes got, if any; several ask each other, but only ``now``."""
         if trainer.world_size == 1:
             return self._signum
-        if count % self.EVERY:
+        if not now:
             return 0
         signum = torch.tensor(self._signum, device=trainer.strategy.root_device)
         return int(trainer.strategy.all_gather(signum).max())
