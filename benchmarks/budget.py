@@ -3,8 +3,8 @@
     python benchmarks/budget.py [--models resnet18 vit_b_16 ...] [--quick]
 
 Random weights and inputs, no dropout. Errors are relative: of all parameters' gradients together, and the root mean
-square of each weight's own. The single gamma is the least that fits, in each of compress="lossless", "int8" and "int4";
-the one of the three whose gradients together are best counts.
+square of each weight's own. The single gamma is the least that fits, in each of compress="lossless", "int16", "int8"
+and "int4"; the one of the four whose gradients together are best counts.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from collections.abc import Callable
 
 import report
 import torch
-from methods import OURS
 from tasks import MIB, TASKS, criterion, forward, held, loss, without_noise
 from torch import Tensor, nn
 
 import dropit
 
 PARTS = (0.25, 0.4, 0.6, 0.8)
+COMPRESS = ("lossless", "int16", "int8", "int4")
 _HALVINGS = 7
 
 
@@ -83,7 +83,7 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
         )
         ours = "{:.3f} | {:.1e} | {:.1e}".format(bytes_held() / budget, *error())
         others = []
-        for compress in OURS:
+        for compress in COMPRESS:
             gamma = single_gamma(model, lambda budget=budget: bytes_held() <= budget, compress)
             if gamma is not None:
                 others.append((*error(), f"{compress}, gamma {gamma:.2f}"))

@@ -64,7 +64,8 @@ class Calibration:
     """Passes on one batch, each of which leaves the model's state as it found it.
 
     ``configure`` applies a setting; ``loss_fn`` is of what ``forward`` returns. ``gammas``: where a step is taken,
-    downwards. ``levels``: the numbers of bits there are, downwards; under the first dropping is measured as well.
+    downwards. ``levels``: the numbers of bits there are; under the first dropping is measured as well, the last are the
+    fewest.
     """
 
     def __init__(

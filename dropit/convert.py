@@ -31,8 +31,9 @@ from dropit.strategies import STRATEGIES, Draws, ElementStrategy, Strategy, make
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
-COMPRESS = ("none", "lossless", "int8", "int4")
-_BITS = {"int8": 8, "int4": 4}
+COMPRESS = ("none", "lossless", "int16", "int8", "int4")
+_BITS = {"int16": 16, "int8": 8, "int4": 4}
+_LEVELS = (8, 16, 4)  # bits that a budget may choose; as Calibration takes them
 VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _PLAIN = "plain: left out, or to_dropit was not called"
 _NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
@@ -68,10 +69,11 @@ def to_dropit(
     value_dtype: what the kept elements are stored in where it is narrower than the input's dtype: torch.bfloat16, or
     torch.int8 with a scale for each 32 of them ("bf16" and "int8" will do). None stores them as they are.
     compress: how the other layers keep what they keep: "none", as PyTorch does; "lossless", with the same gradients
-    bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go; "int8" or
-    "int4", beyond that in eight or four bits what normalization, smooth activations and attention keep; a layer that
-    reads the output of one of these then stores nothing and drops nothing, whatever ``gamma`` is.
-    stochastic: with "int8" and "int4", round up or down at random, by how near, and not to the nearest.
+    bit for bit (ReLU and dropout as bits, max-pooling as offsets), so that dropped inputs are really let go; "int16",
+    "int8" or "int4", beyond that in so many bits what normalization, smooth activations and attention keep (as it is
+    where it takes no more); a layer that reads the output of one of these then stores nothing and drops nothing,
+    whatever ``gamma`` is.
+    stochastic: with these three, round up or down at random, by how near, and not to the nearest.
     filter_fn(module, fqn): which layers to convert.
     seed: for "random", "random_c" and stochastic rounding, their own random numbers instead of PyTorch's.
 
@@ -130,7 +132,7 @@ def to_dropit(
             gamma_min=gamma_min,
             gamma_max=gamma_max,
             value_dtype=packer.value_dtype or torch.int8,
-            levels=tuple(_BITS.values()),
+            levels=_LEVELS,
             on_step=on_step,
         )
     except BaseException:
@@ -156,7 +158,7 @@ def _packer(
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
     bits = _BITS.get(compress)
     if stochastic and bits is None:
-        raise ValueError(f"stochastic rounding needs compress to be int8 or int4, got {compress!r}")
+        raise ValueError(f"stochastic rounding needs compress to be int16, int8 or int4, got {compress!r}")
     draws = issubclass(STRATEGIES.get(strategy, Strategy), Draws)
     own_seed = None if stochastic and not draws else seed
     chosen = make_strategy(strategy, gamma, block_size=block_size, per_sample=per_sample, seed=own_seed)

@@ -27,9 +27,9 @@ class Packer:
     The layers of a model share one. Queries, keys and values projected from one tensor, or a residual block's first
     convolution and its shortcut, then save one packed copy of it. A tensor that was changed in place since is another.
 
-    ``value_dtype``: what packed values are stored in where it is narrower than theirs. ``bits``: 8 or 4, what layers
-    that drop nothing quantize their tensors to. ``stochastic``: whether these are rounded up or down at random, by how
-    near they are, with numbers from PyTorch's generator or, where ``seed`` is given, from one of their own.
+    ``value_dtype``: what packed values are stored in where it is narrower than theirs. ``bits``: 16, 8 or 4, what
+    layers that drop nothing quantize their tensors to. ``stochastic``: whether these are rounded up or down at random,
+    by how near they are, with numbers from PyTorch's generator or, where ``seed`` is given, from one of their own.
     """
 
     def __init__(
@@ -83,12 +83,17 @@ class Packer:
     def quantize(self, x: Tensor) -> Packed:
         """All of ``x``, in ``bits`` bits an element with a scale for each 32, or as it is where that takes no more."""
         assert self.bits is not None
-        if x.numel() * self.bits // 8 + 2 >= x.nbytes or not x.is_floating_point():
+        if not self.narrows(x):
             return keep_dense(x)
         with torch.no_grad():
             flat, layout = flatten(x.detach())
             steps, scales = ops.quantize(flat, self.bits, self._noise(flat))
             return Packed(steps, None, scales, layout)
+
+    def narrows(self, x: Tensor) -> bool:
+        """Whether ``x`` takes less when quantized."""
+        assert self.bits is not None
+        return x.is_floating_point() and x.numel() * self.bits // 8 + 2 < x.nbytes
 
     def _noise(self, flat: Tensor) -> Tensor | None:
         return self._draws.uniform(flat) if self.stochastic else None

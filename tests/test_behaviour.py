@@ -20,7 +20,7 @@ def mlp(gamma=0.5, **options):
     return dropit.to_dropit(nn.Sequential(*layers), gamma=gamma, **options)
 
 
-@pytest.fixture(params=["lossless", "int8", "int4"])
+@pytest.fixture(params=["lossless", "int16", "int8", "int4"])
 def make(request):
     """Builds the model, in each way to compress."""
     return partial(mlp, compress=request.param)

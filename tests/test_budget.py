@@ -126,7 +126,7 @@ def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
     size = held(ours, x)
     assert 0.75 * budget <= size <= budget  # a layer or two of so few make up the rest
     error = (gradient(ours, x, loss_fn) - exact).norm()
-    for compress in ("lossless", "int8", "int4"):
+    for compress in ("lossless", "int16", "int8", "int4"):
         for gamma in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
             other = dropit.to_dropit(copy.deepcopy(plain), gamma=gamma, compress=compress)
             if held(other, x) <= size:
@@ -223,7 +223,7 @@ def test_a_head_that_starts_at_zero_hides_no_error():
     assert not model.last.weight.any()
 
 
-def test_what_rounds_worst_is_kept_exact():
+def test_what_rounds_worst_gets_most_bits():
     """Beside one large value the others of a group are rounded coarsely; as much gradient passes through the other."""
 
     class Branches(nn.Module):
@@ -238,9 +238,8 @@ def test_what_rounds_worst_is_kept_exact():
 
     torch.manual_seed(0)
     model, x = Branches(), torch.randn(256, 16)
-    dropit.to_dropit(model, budget=int(0.7 * held(model, x)), example_input=x, loss_fn=torch.sum)
-    assert isinstance(model.fine, dropit.layers.QuantizedLayer)
-    assert type(model.coarse) is nn.GELU
+    dropit.to_dropit(model, budget=int(0.4 * held(model, x)), example_input=x, loss_fn=torch.sum)
+    assert (model.coarse.packer.bits, model.fine.packer.bits) == (16, 8)
 
 
 def choices(model):

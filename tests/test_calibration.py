@@ -41,7 +41,7 @@ def test_dropping_costs_something_where_weights_are_shared():
 
 def test_each_parameters_gradient_counts_once():
     model = dropit.to_dropit(nn.TransformerEncoderLayer(32, 4, 64), compress="int8")
-    options = {"gammas": [0.9], "value_dtype": torch.int8, "levels": [8, 4]}
+    options = {"gammas": [0.9], "value_dtype": torch.int8, "levels": [8, 16, 4]}
     calibration = Calibration(model, lambda setting: None, lambda: model(torch.ones(4, 2, 32)), torch.sum, **options)
     found = calibration._step()
     assert sum(map(len, found.values())) == len(list(model.parameters()))

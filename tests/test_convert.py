@@ -77,7 +77,7 @@ def test_compress_none_leaves_layers_without_a_weight_as_they_are():
 
 
 def test_an_unknown_way_to_compress_is_refused():
-    with pytest.raises(ValueError, match="compress must be one of none, lossless, int8, int4, got 'zip'"):
+    with pytest.raises(ValueError, match="compress must be one of none, lossless, int16, int8, int4, got 'zip'"):
         dropit.to_dropit(small_net(), compress="zip")
 
 
@@ -99,7 +99,9 @@ def test_int8_and_int4_quantize_what_other_layers_keep():
 
 
 def test_stochastic_rounding_needs_something_to_round():
-    with pytest.raises(ValueError, match="stochastic rounding needs compress to be int8 or int4, got 'lossless'"):
+    with pytest.raises(
+        ValueError, match="stochastic rounding needs compress to be int16, int8 or int4, got 'lossless'"
+    ):
         dropit.to_dropit(small_net(), stochastic=True)
 
 

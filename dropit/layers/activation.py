@@ -105,7 +105,8 @@ def _is_part(input: Tensor) -> bool:
 
 def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool = False) -> Tensor:
     """The activation called ``name`` in CURVES, whose input is kept in ``packer.bits`` bits."""
-    stored = packer.store_all(input)
+    overwritten = inplace and not packer.narrows(input)  # what would be kept as it is
+    stored = packer.store_all(input.clone() if overwritten else input)
     output = DropITActivationFunction.apply(input, name, inplace, *stored.arguments)
     return offer(output, stored.then(partial(_again, name)))
 
@@ -116,7 +117,7 @@ def _again(name: str, x: Tensor) -> Tensor:
 
 @register
 class DropITGELU(DropITActivation, nn.GELU):
-    """nn.GELU that keeps 8 or 4 bits per element."""
+    """nn.GELU that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.GELU
 
@@ -128,7 +129,7 @@ class DropITGELU(DropITActivation, nn.GELU):
 
 @register
 class DropITSiLU(DropITActivation, nn.SiLU):
-    """nn.SiLU that keeps 8 or 4 bits per element."""
+    """nn.SiLU that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.SiLU
     curve = "silu"
@@ -136,7 +137,7 @@ class DropITSiLU(DropITActivation, nn.SiLU):
 
 @register
 class DropITMish(DropITActivation, nn.Mish):
-    """nn.Mish that keeps 8 or 4 bits per element."""
+    """nn.Mish that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.Mish
     curve = "mish"
@@ -144,7 +145,7 @@ class DropITMish(DropITActivation, nn.Mish):
 
 @register
 class DropITHardswish(DropITActivation, nn.Hardswish):
-    """nn.Hardswish that keeps 8 or 4 bits per element."""
+    """nn.Hardswish that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.Hardswish
     curve = "hardswish"
@@ -152,7 +153,7 @@ class DropITHardswish(DropITActivation, nn.Hardswish):
 
 @register
 class DropITSigmoid(DropITActivation, nn.Sigmoid):
-    """nn.Sigmoid that keeps 8 or 4 bits per element."""
+    """nn.Sigmoid that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.Sigmoid
     curve = "sigmoid"
@@ -160,7 +161,7 @@ class DropITSigmoid(DropITActivation, nn.Sigmoid):
 
 @register
 class DropITTanh(DropITActivation, nn.Tanh):
-    """nn.Tanh that keeps 8 or 4 bits per element."""
+    """nn.Tanh that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.Tanh
     curve = "tanh"

@@ -28,7 +28,7 @@ class DropITConv1D(PackedInputLayer, Conv1D):
 
 @register
 class DropITGELUActivation(DropITActivation, GELUActivation):
-    """transformers' GELU that keeps 8 or 4 bits per element, unless it is the one written in Python."""
+    """transformers' GELU that keeps 16, 8 or 4 bits per element, unless it is the one written in Python."""
 
     plain = GELUActivation
 
@@ -40,7 +40,7 @@ class DropITGELUActivation(DropITActivation, GELUActivation):
 
 @register
 class DropITNewGELUActivation(DropITActivation, NewGELUActivation):
-    """GPT-2's GELU by tanh that keeps 8 or 4 bits per element."""
+    """GPT-2's GELU by tanh that keeps 16, 8 or 4 bits per element."""
 
     plain = NewGELUActivation
     curve = "new_gelu"
@@ -48,7 +48,7 @@ class DropITNewGELUActivation(DropITActivation, NewGELUActivation):
 
 @register
 class DropITQuickGELUActivation(DropITActivation, QuickGELUActivation):
-    """CLIP's GELU by the logistic function that keeps 8 or 4 bits per element."""
+    """CLIP's GELU by the logistic function that keeps 16, 8 or 4 bits per element."""
 
     plain = QuickGELUActivation
     curve = "quick_gelu"

@@ -1,4 +1,4 @@
-"""Normalization that keeps the normalized input in 8 or 4 bits. Outputs, statistics and running buffers are exact.
+"""Normalization that keeps the normalized input in 16, 8 or 4 bits. Outputs, statistics and running buffers are exact.
 
 The normalized input, and not the input, is what is quantized: a channel's mean, however far from zero, costs no steps.
 With it PyTorch's own backward is called, for a mean of 0 and a deviation of 1.
@@ -155,28 +155,28 @@ def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, pac
 
 @register
 class DropITBatchNorm1d(_DropITBatchNorm, nn.BatchNorm1d):
-    """nn.BatchNorm1d that keeps 8 or 4 bits per element."""
+    """nn.BatchNorm1d that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.BatchNorm1d
 
 
 @register
 class DropITBatchNorm2d(_DropITBatchNorm, nn.BatchNorm2d):
-    """nn.BatchNorm2d that keeps 8 or 4 bits per element."""
+    """nn.BatchNorm2d that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.BatchNorm2d
 
 
 @register
 class DropITBatchNorm3d(_DropITBatchNorm, nn.BatchNorm3d):
-    """nn.BatchNorm3d that keeps 8 or 4 bits per element."""
+    """nn.BatchNorm3d that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.BatchNorm3d
 
 
 @register
 class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
-    """nn.LayerNorm that keeps 8 or 4 bits per element."""
+    """nn.LayerNorm that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.LayerNorm
 
@@ -204,7 +204,7 @@ def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> 
 
 @register
 class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
-    """nn.GroupNorm that keeps 8 or 4 bits per element."""
+    """nn.GroupNorm that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.GroupNorm
 
@@ -226,7 +226,7 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
 
 @register
 class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
-    """nn.RMSNorm that keeps 8 or 4 bits per element."""
+    """nn.RMSNorm that keeps 16, 8 or 4 bits per element."""
 
     plain = nn.RMSNorm
 

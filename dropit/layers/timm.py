@@ -20,7 +20,7 @@ from dropit.layers.table import register
 
 @register
 class DropITLayerNorm(QuantizedLayer, LayerNorm):
-    """timm's LayerNorm that keeps 8 or 4 bits per element."""
+    """timm's LayerNorm that keeps 16, 8 or 4 bits per element."""
 
     plain = LayerNorm
 
@@ -33,7 +33,7 @@ class DropITLayerNorm(QuantizedLayer, LayerNorm):
 
 @register
 class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
-    """timm's LayerNorm over channels that keeps 8 or 4 bits per element."""
+    """timm's LayerNorm over channels that keeps 16, 8 or 4 bits per element."""
 
     plain = LayerNorm2d
 
@@ -46,7 +46,7 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
 
 @register
 class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
-    """timm's BatchNorm with an activation, which is a layer of its own, that keeps 8 or 4 bits per element."""
+    """timm's BatchNorm with an activation, which is a layer of its own, that keeps 16, 8 or 4 bits per element."""
 
     plain = BatchNormAct2d
 
@@ -75,7 +75,7 @@ class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
 
 @register
 class DropITGELU(DropITActivation, GELU):
-    """timm's GELU that keeps 8 or 4 bits per element."""
+    """timm's GELU that keeps 16, 8 or 4 bits per element."""
 
     plain = GELU
     curve: Any = "gelu"
@@ -83,7 +83,7 @@ class DropITGELU(DropITActivation, GELU):
 
 @register
 class DropITGELUTanh(DropITActivation, GELUTanh):
-    """timm's GELU by tanh that keeps 8 or 4 bits per element."""
+    """timm's GELU by tanh that keeps 16, 8 or 4 bits per element."""
 
     plain = GELUTanh
     curve: Any = "gelu_tanh"

@@ -14,7 +14,7 @@ from dropit.layers.table import register
 
 @register
 class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):  # type: ignore[misc]
-    """LayerNorm over channels that keeps 8 or 4 bits per element."""
+    """LayerNorm over channels that keeps 16, 8 or 4 bits per element."""
 
     plain = LayerNorm2d
 

@@ -203,15 +203,20 @@ def _widen_all(packed: Packed) -> Tensor:
     return dequantize(packed.values, packed.scales, packed.layout.dtype, packed.layout.numel)
 
 
+# By bits: the steps from zero to a group's largest element, and the most that are stored. A scale may have been rounded
+# down by 0.2 %, which in 16 bits is many steps.
+STEPS = {16: (32640, 32767), 8: (127, 127), 4: (7, 7)}
+
+
 def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round each group of 32 elements, in the order of ``x.reshape(-1)``, to equal steps from -max to max.
 
-    ``bits``: 8, for 255 steps, returned as int8 of the shape of ``x``; or 4, for 15, two in a byte: (ceil(n / 2),)
-    uint8. With them bfloat16 scales, (ceil(n / 32),): the precision of a scale does not matter, as the elements are
-    divided by what is stored. A group with NaN or Inf comes back as NaN.
+    ``bits``: 16 or 8, for 65,281 or 255 steps, returned as int16 or int8 of the shape of ``x``; or 4, for 15, two in a
+    byte: (ceil(n / 2),) uint8. With them bfloat16 scales, (ceil(n / 32),): the precision of a scale does not matter, as
+    the elements are divided by what is stored. A group with NaN or Inf comes back as NaN.
     ``noise``: uniform in [0, 1), of the shape of ``x``, to round stochastically; without it, to the nearest.
     """
-    n, top = x.numel(), 2 ** (bits - 1) - 1
+    n, (top, most) = x.numel(), STEPS[bits]
     groups = _padded(x.reshape(-1), SCALE_GROUP).view(-1, SCALE_GROUP)
     groups = groups.to(torch.promote_types(x.dtype, torch.float32))
     largest = torch.maximum(groups.amax(dim=1), -groups.amin(dim=1))  # 0.1 ns, of the absolute values 0.3
@@ -222,8 +227,8 @@ def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Ten
         steps.round_()
     else:
         steps.add_(_padded(noise.reshape(-1), SCALE_GROUP).view_as(steps)).floor_()
-    steps = steps.clamp_(-top, top).view(-1)[:n].to(torch.int8)
-    if bits == 8:
+    steps = steps.clamp_(-most, most).view(-1)[:n].to(torch.int16 if bits == 16 else torch.int8)
+    if bits != 4:
         return steps.view(x.shape), scales
     return pack_small((steps + 8).view(torch.uint8), 16), scales
 

@@ -102,14 +102,13 @@ def _to_bfloat16(x):
 @triton.autotune(_CONFIGS, key=["BITS"])
 @triton.jit
 def _quantize_groups(
-    source, noise, steps, scales, n, tiny, NOISY: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+    source, noise, steps, scales, n, tiny, top, most, NOISY: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Groups of 32 elements as multiples of a scale."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows.to(tl.int64)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     x = tl.load(source + at, mask=at < n, other=0)
     wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
-    top = 127 if BITS == 8 else 7
     magnitude = tl.abs(wide)
     odd = tl.sum((magnitude != magnitude).to(tl.int32), axis=1) > 0  # a maximum may leave NaN out
     largest = tl.where(odd, float("nan"), tl.max(tl.where(magnitude == magnitude, magnitude, 0), axis=1))
@@ -123,10 +122,10 @@ def _quantize_groups(
         # To the nearest, of two equally near to the even one: what this adds leaves no bits for a fraction.
         shift = 6755399441055744.0 if wide.dtype == tl.float64 else 12582912.0
         rounded = (quotient + shift) - shift
-    bounded = tl.minimum(tl.maximum(rounded, -top), top)
+    bounded = tl.minimum(tl.maximum(rounded, -most), most)
     whole = tl.where(rounded == rounded, bounded, 0).to(tl.int32)  # Inf by Inf is no number
-    if BITS == 8:
-        tl.store(steps + at, whole.to(tl.int8), mask=at < n)
+    if BITS != 4:
+        tl.store(steps + at, whole.to(steps.dtype.element_ty), mask=at < n)
     else:
         pairs = tl.where(at < n, whole + 8, 0).reshape(ROWS, _GROUP // 2, 2)
         shifts = tl.arange(0, 2)[None, None, :] * 4
@@ -141,7 +140,7 @@ def _dequantize_groups(steps, scales, dense, n, BITS: tl.constexpr, ROWS: tl.con
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _GROUP)
     at = rows.to(tl.int64)[:, None] * _GROUP + columns[None, :]
-    if BITS == 8:
+    if BITS != 4:
         step = tl.load(steps + at, mask=at < n, other=0).to(tl.int32)
     else:
         byte = tl.load(steps + at // 2, mask=at < n, other=0).to(tl.int32)
@@ -221,7 +220,8 @@ def _unpack_blocks_op(
 def _quantize_op(flat: Tensor, noise: Tensor | None, bits: int) -> tuple[Tensor, Tensor]:
     """Steps and scales."""
     n = flat.numel()
-    size, kind = (n, torch.int8) if bits == 8 else (-(-n // 2), torch.uint8)
+    size, kind = {16: (n, torch.int16), 8: (n, torch.int8), 4: (-(-n // 2), torch.uint8)}[bits]
+    top, most = reference.STEPS[bits]
     steps = torch.empty(size, dtype=kind, device=flat.device)
     scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.bfloat16, device=flat.device)
     wrap_triton(_quantize_groups)[_programs(len(scales))](
@@ -231,6 +231,8 @@ def _quantize_op(flat: Tensor, noise: Tensor | None, bits: int) -> tuple[Tensor,
         scales,
         n,
         torch.finfo(torch.bfloat16).tiny,
+        float(top),
+        float(most),
         NOISY=noise is not None,
         BITS=bits,
     )
@@ -241,7 +243,7 @@ def _quantize_op(flat: Tensor, noise: Tensor | None, bits: int) -> tuple[Tensor,
 def _dequantize_op(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """(n,) of ``dtype``."""
     dense = torch.empty(n, dtype=dtype, device=steps.device)
-    bits = 8 if steps.dtype is torch.int8 else 4
+    bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[steps.dtype]
     wrap_triton(_dequantize_groups)[_programs(len(scales))](steps, scales, dense, n, BITS=bits)
     return dense
 

@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_the_function(name):
     torch.testing.assert_close(CURVES[name].backward(grad_output, x.detach()), exact)
 
 
-@pytest.mark.parametrize("compress", ["int8", "int4"])
+@pytest.mark.parametrize("compress", ["int16", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_gradient_is_that_at_the_quantized_input(name, dtype, compress):
@@ -50,12 +50,12 @@ def test_the_gradient_is_that_at_the_quantized_input(name, dtype, compress):
     y, got = gradient(ours, x, grad_output)
     assert torch.equal(y, plain(x.clone()))
     rounded = ops.unpack(ours.packer.quantize(x))
-    assert not torch.equal(rounded, x)
+    assert torch.equal(rounded, x) == (dtype is torch.bfloat16 and compress == "int16")  # which takes no less
     _, exact = gradient(plain, rounded, grad_output)
     torch.testing.assert_close(got, exact)
 
 
-@pytest.mark.parametrize(("compress", "nbytes"), [("int8", 1001), ("int4", 501)])
+@pytest.mark.parametrize(("compress", "nbytes"), [("int16", 2002), ("int8", 1001), ("int4", 501)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_held(name, compress, nbytes):
     ours = quantized(LAYERS[name], compress)

@@ -70,7 +70,7 @@ def by_hand(ours, x, grad_output, dims):
     return rstd * (inner - normalized * (grad * normalized).mean(dim=dims, keepdim=True))
 
 
-@pytest.mark.parametrize("compress", ["int8", "int4"])
+@pytest.mark.parametrize("compress", ["int16", "int8", "int4"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_forward_is_exact_and_the_gradient_is_the_formulas(name, compress):
     ours, plain, x, dims = pair(name, compress)

@@ -36,7 +36,7 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("by_formula", [False, True], ids=["kernel", "formula"])
 @pytest.mark.parametrize("name", MASKS)
 def test_gradients_are_those_of_the_quantized_tensors(name, by_formula, bits, monkeypatch):
