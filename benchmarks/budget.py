@@ -105,11 +105,11 @@ def main() -> None:
         "budget, MiB",
         "held / budget",
         "error",
-        "of each weight",
+        "by weight",
         "single gamma: error",
-        "of each weight",
+        "by weight",
+        "which",
     ]
-    header.append("which")
     print(report.table(header, []), flush=True)
     for name in ["resnet18_cifar"] if args.quick else args.models:
         torch.manual_seed(0)

@@ -99,9 +99,7 @@ def test_int8_and_int4_quantize_what_other_layers_keep():
 
 
 def test_stochastic_rounding_needs_something_to_round():
-    with pytest.raises(
-        ValueError, match="stochastic rounding needs compress to be int16, int8 or int4, got 'lossless'"
-    ):
+    with pytest.raises(ValueError, match="needs compress to be int16, int8 or int4, got 'lossless'"):
         dropit.to_dropit(small_net(), stochastic=True)
 
 
