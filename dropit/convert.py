@@ -80,7 +80,7 @@ def to_dropit(
     budget: bytes, or text such as "4 GiB", that a forward pass of ``example_input`` may hold for backward. Each layer's
     gamma, in [gamma_min, gamma_max], whether it stores its values in int8 (or in ``value_dtype``, if given), and its
     bits are then chosen so that it fits and the gradients err least, together and each layer's relative to itself;
-    ``gamma`` and ``compress`` are not asked. 15 steps and one for each group of layers that quantizes are taken to
+    ``gamma`` and ``compress`` are not asked. 16 steps and one for each group of layers that quantizes are taken to
     measure that, with ``loss_fn`` of the output (if None the mean of its squares, or a Hugging Face output's own loss);
     once one does not fit into the GPU's memory, what they save waits in the host's. The model's state stays as it was.
     example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
