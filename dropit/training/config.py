@@ -99,7 +99,8 @@ def defaults() -> CfgNode:
     cfg.DROPIT.GAMMA = 0.9
     # Elements in a block of fastmink; 0 for blocks of 256, and one block where there are no more than 16384
     cfg.DROPIT.D = 0
-    # How layers without a weight keep what they keep: none (as PyTorch does) or lossless (ReLU as bits, ...)
+    # How the other layers keep what they keep: none (as PyTorch does), lossless (ReLU as bits, ...), or beyond that
+    # normalization, activations and attention in 16, 8 or 4 bits
     cfg.DROPIT.COMPRESS = "lossless"
     # What the kept elements are stored in where that is narrower than theirs: bf16, int8, or "" for no other
     cfg.DROPIT.VALUE_DTYPE = ""
