@@ -224,7 +224,7 @@ class Calibration:
         found: Gradients = {}
         for fqn in dict.fromkeys([*self._packing, *named]):
             parameters = dict.fromkeys(named[fqn].parameters(recurse=fqn in self._packing))
-            own = [p.grad for p in parameters if p not in seen and p.grad is not None]
+            own = [p.grad.to_dense() for p in parameters if p not in seen and p.grad is not None]
             seen.update(parameters)
             if own:
                 found[fqn] = own
