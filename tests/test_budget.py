@@ -79,6 +79,20 @@ def test_the_error_is_the_least_that_there_is_and_falls_with_more_bytes():
             before = error
 
 
+def test_bytes_that_are_left_over_may_count_as_an_error():
+    """Which is traded for one that is smaller, and not for a larger one."""
+    large = item("a", (0.8, 0, 5.0), (0.0, 14, 0.0))
+    small = [item(name, (0.8, 0, 8.0), (0.0, 4, 0.0)) for name in "bc"]
+
+    def taken(unspent):
+        setting = Plan([large, *small], unspent).setting(20)
+        return [setting[name].gamma for name in "abc"]
+
+    assert taken(0.0) == taken(1.0) == [0.8, 0.0, 0.0]  # 12 bytes stay
+    assert sorted(taken(22.0)) == [0.0, 0.0, 0.8]  # 2 stay, for an error that is larger by 3
+    assert taken(22.0)[0] == 0.0
+
+
 def test_a_plan_for_nothing():
     assert Plan([]).setting(10) == {}
     assert chosen([item("a", (0.5, 7, 1.0))], 0) == [0.5]

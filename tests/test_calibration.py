@@ -69,9 +69,9 @@ def test_random_numbers_of_layers_leave_dropouts_as_they_are(options, monkeypatc
     seen = []
 
     class Seen(dropit.budget.Plan):
-        def __init__(self, items):
+        def __init__(self, items, *options):
             seen.append(items)
-            super().__init__(items)
+            super().__init__(items, *options)
 
     monkeypatch.setattr(dropit.budget, "Plan", Seen)
     for seed in (None, 0):
