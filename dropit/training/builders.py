@@ -31,6 +31,7 @@ from dropit.training.data import ImageData, Samples
 from dropit.training.datasets import Source, check_classes, open_dataset
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.freezing import freeze
+from dropit.training.info import state_sizes
 from dropit.training.models import build_model
 from dropit.training.module import Batch, Classifier
 from dropit.training.optim import Recipe
@@ -236,9 +237,8 @@ def moments(cfg: CfgNode) -> int:
 
 def state_bytes(model: nn.Module, cfg: CfgNode) -> int:
     """Of a checkpoint: weights, their average, buffers and the optimizer's state."""
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return (2 if cfg.SOLVER.EMA else 1) * weights + moments(cfg) * trained
+    weights, gradients = state_sizes(model)
+    return (2 if cfg.SOLVER.EMA else 1) * weights + moments(cfg) * gradients
 
 
 def build_cache_monitor(cfg: CfgNode) -> CacheMonitor:

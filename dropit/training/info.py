@@ -50,6 +50,12 @@ def describe(
     _print_peak(model, input_shape, budget or cache.total_bytes, moments=moments)
 
 
+def state_sizes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of weights and buffers, and of the gradients that a step has."""
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return weights, sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """The model without its values, in training mode."""
     try:
@@ -77,8 +83,7 @@ def _flops(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 
 def _print_peak(model: nn.Module, input_shape: Sequence[int], cache: int, *, moments: int) -> None:
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    weights, gradients = state_sizes(model)
     parts = {
         "weights and buffers": weights,
         "gradients": gradients,

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import torch
@@ -41,11 +37,11 @@ from dropit.training.callbacks import CacheMonitor, Dashboard, EpochLines, Speed
 from dropit.training.checkpoint_io import check_space
 from dropit.training.config import load
 from dropit.training.data import ImageData
-from dropit.training.errors import ConfigError, SetupError, UserError
+from dropit.training.errors import ConfigError, SetupError
 from dropit.training.info import describe
 from dropit.training.module import Classifier
 from dropit.training.probe import GradientProbe
-from dropit.training.stopping import FiniteLoss, Interruption, Interruptions, take_processes
+from dropit.training.stopping import FiniteLoss, Interruption, Interruptions, end_others
 from dropit.training.timing import as_table, time_loading, time_steps
 
 _TIMED_STEPS = 20
@@ -126,30 +122,8 @@ def _fit(trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: 
             print(f"train.py: stopped by {stopped.name}; {after}", file=sys.stderr)
         raise
     except Exception as error:
-        _end_others(trainer, error)
+        end_others(trainer, error)
         raise
-
-
-def _end_others(trainer: Trainer, error: Exception) -> None:
-    """End the processes that this one started: they would wait for it, on GPUs for half an hour.
-
-    Where it fails because one of them did, that is what there is to say. Raises SetupError or SystemExit then.
-    """
-    others = take_processes(trainer)
-    deadline = monotonic() + (0 if isinstance(error, UserError) else 1)
-    ended = {}
-    for rank, process in enumerate(others, start=1):
-        with suppress(subprocess.TimeoutExpired):
-            ended[rank] = process.wait(max(0, deadline - monotonic()))
-    for process in others:
-        process.kill()
-    for rank, code in ended.items():
-        if code < 0:
-            raise SetupError(
-                f"process {rank} of {trainer.world_size} was ended by {signal.Signals(-code).name}"
-            ) from error
-    if any(ended.values()):
-        raise SystemExit(max(ended.values())) from error  # it has said why
 
 
 def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import threading
+from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dropit.training.errors import UserError
+from dropit.training.errors import SetupError, UserError
 
 
 class Interruption(SystemExit):
@@ -102,11 +104,11 @@ class Interruptions(Callback):
         if self._last is not None:
             path = Path(self._last.dirpath or ".", f"{self._last.filename}.ckpt")
             trainer.save_checkpoint(path)
-        take_processes(trainer)
+        _take_processes(trainer)
         raise Interruption(signum, path)
 
 
-def take_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+def _take_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
     """Those that this process started. Lightning, which would kill this one when one of them ends, lets go of them."""
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
@@ -114,6 +116,28 @@ def take_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
     taken = list(launcher.procs)
     launcher.procs.clear()  # which its observer looks at
     return taken
+
+
+def end_others(trainer: Trainer, error: Exception) -> None:
+    """End the processes that this one started: they would wait for it, on GPUs for half an hour.
+
+    Where it fails because one of them did, that is what there is to say. Raises SetupError or SystemExit then.
+    """
+    others = _take_processes(trainer)
+    deadline = monotonic() + (0 if isinstance(error, UserError) else 1)
+    ended = {}
+    for rank, process in enumerate(others, start=1):
+        with suppress(subprocess.TimeoutExpired):
+            ended[rank] = process.wait(max(0, deadline - monotonic()))
+    for process in others:
+        process.kill()
+    for rank, code in ended.items():
+        if code < 0:
+            raise SetupError(
+                f"process {rank} of {trainer.world_size} was ended by {signal.Signals(-code).name}"
+            ) from error
+    if any(ended.values()):
+        raise SystemExit(max(ended.values())) from error  # it has said why
 
 
 class DivergedError(UserError):

@@ -390,21 +390,22 @@ def test_a_try_that_is_stopped_writes_nothing(config, capsys, monkeypatch):
 
 
 @contextmanager
-def ended(run):
-    """Whatever the test finds."""
-    try:
-        yield
-    finally:
-        run.kill()
+def two_processes(config):
+    """In the second of a thousand epochs; they are ended whatever the test finds."""
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run:
+        try:
+            assert next(line for line in run.stdout if line.startswith("epoch 2/"))
+            yield run
+        finally:
+            run.kill()
 
 
 @pytest.mark.ddp
 def test_a_process_that_is_lost_ends_the_run_at_once_and_is_named(config):
-    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run, ended(run):
-        assert next(line for line in run.stdout if line.startswith("epoch 2/"))
+    with two_processes(config) as run:
         children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
         (other,) = (pid for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes())
         os.kill(int(other), signal.SIGKILL)
@@ -417,14 +418,9 @@ def test_a_process_that_is_lost_ends_the_run_at_once_and_is_named(config):
 
 @pytest.mark.ddp
 def test_two_processes_stop_together_when_one_is_asked_to(config):
-    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([*command, "SOLVER.MAX_EPOCHS", "1000"], env=environment, **pipes) as run, ended(run):
-        line = next(line for line in run.stdout if line.startswith("epoch 2/"))
+    with two_processes(config) as run:
         run.terminate()
         _, errors = run.communicate(timeout=60)
-    assert line
     assert run.returncode == 128 + signal.SIGTERM
     last = Path("outputs/few/vit/version_0/checkpoints/last.ckpt")
     assert errors.count(f"train.py: stopped by SIGTERM; --resume goes on from {last}") == 1
