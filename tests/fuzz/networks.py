@@ -28,6 +28,11 @@ class Step:
     function: Function | None = None
     layer: int | None = None
 
+    def __str__(self) -> str:
+        name = str(self.function) if self.function is None or not hasattr(self.function, "__name__") else self.function.__name__
+        what = f"layers.{self.layer}" if self.layer is not None else name
+        return f"{what}({', '.join(f'v{index}' for index in self.reads)})"
+
 
 class Graph(nn.Module):
     """Steps, and the layers that they call. Returns the last value."""
@@ -47,6 +52,9 @@ class Graph(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.values(x)[-1]
+
+    def extra_repr(self) -> str:
+        return "\n".join(f"v{number} = {step}" for number, step in enumerate(self.steps, 1))
 
 
 class Network(Graph):
@@ -94,7 +102,8 @@ class Builder:
         """Have a layer with a weight, without which nothing is converted."""
         weighted = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
         if not any(isinstance(module, weighted) for layer in self.layers for module in layer.modules()):
-            self._add_layer(nn.Linear(self.values[-1].example.shape[-1], 4), len(self.values) - 1)
+            places = reversed(range(len(self.values)))
+            any(self._add_layer(nn.Linear(self.values[place].example.shape[-1], 4), place) for place in places)
         return self
 
     def _pick(self) -> int:
