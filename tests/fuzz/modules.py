@@ -90,6 +90,9 @@ class Functional(nn.Module):
         super().__init__()
         self.function = function
 
+    def extra_repr(self) -> str:
+        return self.function.__name__
+
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
 
@@ -199,7 +202,15 @@ def _block(rng: Random, x: Tensor) -> nn.Module:
 _ANY: list[tuple[float, Maker]] = [(5, activation), (3, linear), (2, _norm_of_last), (3, _block), (0.5, _gated)]
 _MAKERS: dict[int, list[tuple[float, Maker]]] = {
     2: [*_ANY, (1.5, _batch_norm)],
-    3: [*_ANY, (1, _batch_norm), (1, _group_norm), (1, convolution), (0.7, _pool), (2.5, _attention), (1, _transformer)],
+    3: [
+        *_ANY,
+        (1, _batch_norm),
+        (1, _group_norm),
+        (1, convolution),
+        (0.7, _pool),
+        (2.5, _attention),
+        (1, _transformer),
+    ],
     4: [*_ANY, (2, _batch_norm), (1, _group_norm), (4, convolution), (2.5, _pool)],
 }
 
@@ -221,6 +232,9 @@ class Checkpointed(nn.Module):
         self.part, self.options = part, options
         self.active = True
 
+    def extra_repr(self) -> str:
+        return str(self.options)
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.active:
             return self.part(x)
@@ -233,6 +247,9 @@ class Within(nn.Module):
     def __init__(self, part: nn.Module, context: Callable[[], Any]) -> None:
         super().__init__()
         self.part, self.context = part, context
+
+    def extra_repr(self) -> str:
+        return self.context.__name__.lstrip("_")
 
     def forward(self, x: Tensor) -> Tensor:
         with self.context():

@@ -29,9 +29,8 @@ class Step:
     layer: int | None = None
 
     def __str__(self) -> str:
-        name = str(self.function) if self.function is None or not hasattr(self.function, "__name__") else self.function.__name__
-        what = f"layers.{self.layer}" if self.layer is not None else name
-        return f"{what}({', '.join(f'v{index}' for index in self.reads)})"
+        name = f"layers.{self.layer}" if self.function is None else functions.name_of(self.function)
+        return f"{name}({', '.join(f'v{index}' for index in self.reads)})"
 
 
 class Graph(nn.Module):
@@ -68,6 +67,18 @@ class Network(Graph):
         values = self.values(x)
         return tuple(values[index] for index in self.outputs)
 
+    def described(self) -> str:
+        """The network, and what of it printing it does not show."""
+        odd = [line for name, module in self.named_modules() for line in _oddities(name, module)]
+        return "\n".join([f"{self} returns {', '.join(f'v{index}' for index in self.outputs)}", *odd])
+
+
+def _oddities(name: str, module: nn.Module) -> list[str]:
+    own = list(module.parameters(recurse=False))
+    frozen = [f"{name} is frozen"] if own and not any(p.requires_grad for p in own) else []
+    evaluated = [] if module.training else [f"{name} is in eval mode"]
+    return [*frozen, *evaluated, *(f"{name} has the hook {hook}" for hook in hooks.names(module))]
+
 
 @dataclass
 class Value:
@@ -103,7 +114,7 @@ class Builder:
         weighted = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
         if not any(isinstance(module, weighted) for layer in self.layers for module in layer.modules()):
             places = reversed(range(len(self.values)))
-            any(self._add_layer(nn.Linear(self.values[place].example.shape[-1], 4), place) for place in places)
+            any(self.add_layer(nn.Linear(self.values[place].example.shape[-1], 4), place) for place in places)
         return self
 
     def _pick(self) -> int:
@@ -116,7 +127,7 @@ class Builder:
         try:
             with torch.no_grad():
                 example = function(*examples)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, AssertionError):
             return False
         empty = 0 in example.shape and 0 not in self.values[0].example.shape
         if empty or not 2 <= example.dim() <= 5 or example.numel() > LARGEST:
@@ -125,7 +136,7 @@ class Builder:
         self.values.append(Value(example, len(self.values) if root is None else root, writable))
         return True
 
-    def _add_layer(self, layer: nn.Module, *reads: int) -> bool:
+    def add_layer(self, layer: nn.Module, *reads: int) -> bool:
         layer = layer.to(self._dtype())
         number = len(self.layers)
         same = functions.may_return_its_input(layer)
@@ -148,13 +159,13 @@ class Builder:
         if layer is None or (functions.writes(layer) and not value.writable):
             return False
         hooks.add_some(self.rng, layer)
-        return self._add_layer(layer, index)
+        return self.add_layer(layer, index)
 
     def _call_again(self) -> bool:
         if not self.layers:
             return False
         number, index = self.rng.randrange(len(self.layers)), self._pick()
-        layer, value = self.layers[number], self.values[index]
+        layer = self.layers[number]
         if functions.may_return_its_input(layer) or functions.writes(layer):
             return False
         return self._add(Step((index,), layer=number), layer, root=None)
@@ -211,7 +222,7 @@ def random_network(rng: Random, x: Tensor, *, writable: bool, autocast: bool) ->
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         builder = Builder(rng, [Value(x.clone(), 0, writable)])
         if not x.is_floating_point():
-            builder._add_layer(nn.Embedding(10, rng.choice([4, 8]), padding_idx=rng.choice([None, 0])), 0)
+            builder.add_layer(nn.Embedding(10, rng.choice([4, 8]), padding_idx=rng.choice([None, 0])), 0)
         builder.grow(rng.randint(3, 9)).finish()
     last = len(builder.values) - 1
     outputs = [last]
@@ -231,4 +242,3 @@ def _freeze_some(rng: Random, network: nn.Module) -> None:
         for module in network.modules():
             if rng.random() < 0.3:
                 module.train(False)
-

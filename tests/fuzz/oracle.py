@@ -114,8 +114,11 @@ def _gradients_differ(plain: _Plain, record: Record, tolerance: float) -> str:
     if record.error:
         return ""
     expected = plain.expected.gradients
-    forms = (f"{name} is {_form(record.gradients[name])}, not {_form(grad)}" for name, grad in expected.items()
-             if _form(record.gradients[name]) != _form(grad))
+    forms = (
+        f"{name} is {_form(record.gradients[name])}, not {_form(grad)}"
+        for name, grad in expected.items()
+        if _form(record.gradients[name]) != _form(grad)
+    )
     other = next(forms, "")
     if other or (not tolerance and all(equal(record.gradients[name], grad) for name, grad in expected.items())):
         return other
@@ -127,7 +130,7 @@ def _gradients_differ(plain: _Plain, record: Record, tolerance: float) -> str:
     name = max(apart, key=lambda name: apart[name], default="")
     if not name:
         return ""
-    rounded = tolerance == 0 and apart[name] < _tolerance(plain.case) / 10
+    rounded = tolerance == 0 and apart[name] < _tolerance(plain.case) / 3
     return f"gradient of {name} is off by {apart[name]:.2g}{', as by rounding' if rounded else ''}"
 
 
@@ -204,9 +207,7 @@ def _form(tensor: Tensor) -> str:
 def distances(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """How far each of several gradients is from the other, relative to its norm or to a part of the largest norm."""
     largest = max((_norm(grad) for grad in theirs.values()), default=0.0)
-    return {
-        name: _distance(ours[name], grad, floor=1e-2 * largest) for name, grad in theirs.items() if name in ours
-    }
+    return {name: _distance(ours[name], grad, floor=1e-2 * largest) for name, grad in theirs.items() if name in ours}
 
 
 def _norm(tensor: Tensor) -> float:
@@ -219,4 +220,3 @@ def _distance(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
     scale = max(_norm(theirs), floor)
     difference = _norm(ours.double() - theirs.double())
     return difference / scale if scale else difference
-
