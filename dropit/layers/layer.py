@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from dropit.packer import Packer
 from dropit.stored import offer, offered
 from dropit.strategies import Strategy
 from dropit.tracing import is_mapped, is_traced
+
+
+Output = TypeVar("Output")
 
 
 class DropITLayer(nn.Module):
@@ -102,7 +105,7 @@ class LosslessLayer(DropITLayer):
         """Whether a forward pass now keeps anything: in training, where a gradient of the input is wanted."""
         return self.saves() and input.requires_grad
 
-    def unsaved(self, forward: Callable[[Tensor], Any], input: Tensor) -> Any:
+    def unsaved(self, forward: Callable[[Tensor], Output], input: Tensor) -> Output:
         """What the plain ``forward`` makes of ``input``; in training without gradients on offer where ``input`` is."""
         if not self.training or torch.is_grad_enabled():
             return forward(input)
