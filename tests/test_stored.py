@@ -193,3 +193,53 @@ def test_weights_may_change_before_backward():
             (grad_through,) = torch.autograd.grad(y.sum(), model[1].weight)
         grads.append(grad_through)
     assert torch.equal(*grads)
+
+
+UNSEEN = {
+    "through .data": lambda x: x.data.mul_(2),
+    "through NumPy": lambda x: x.detach().numpy().__imul__(2),
+    "through DLPack": lambda x: torch.from_dlpack(x.detach()).mul_(2),
+}
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ReLU()], ids=["", "ReLU"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_change_that_no_version_tells_ends_the_offer(name, between):
+    torch.manual_seed(0)
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 8)
+    dropit.to_dropit(nn.Sequential(norm, between, linear), gamma=0.0, compress="int8")
+    y = between(norm(torch.randn(40, 64)))
+    UNSEEN[name](y)
+    grad_output = torch.randn(40, 8)
+    linear(y).backward(grad_output)
+    exact = grad_output.t() @ y.detach()
+    assert (linear.weight.grad - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_stored_by_reference_may_change_before_it_is_read(dtype):
+    """In half precision 16 bits save nothing: the activation keeps its input as it is, for its own backward pass."""
+    act, linear = nn.GELU(), nn.Linear(64, 8, dtype=dtype)
+    dropit.to_dropit(nn.Sequential(act, linear), gamma=0.0, compress="int16")
+    x = torch.randn(40, 64, dtype=dtype, requires_grad=True)
+    hidden = x * 1
+    y = act(hidden)
+    before = y.detach().clone()
+    with torch.no_grad():
+        hidden.add_(1)
+    grad_output = torch.randn(40, 8, dtype=dtype)
+    (grad,) = torch.autograd.grad(linear(y), linear.weight, grad_output)
+    exact = grad_output.t() @ before
+    assert (grad - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_change_of_a_parameter_after_the_offer_is_none_of_the_readers_business():
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 8)
+    dropit.to_dropit(nn.Sequential(norm, linear), gamma=0.0, compress="int8")
+    y = norm(torch.randn(40, 64))
+    with torch.no_grad():
+        norm.weight.mul_(3)
+    grad_output = torch.randn(40, 8)
+    (grad,) = torch.autograd.grad(linear(y), linear.weight, grad_output)
+    exact = grad_output.t() @ y.detach()
+    assert (grad - exact).norm() < 0.01 * exact.norm()

@@ -17,7 +17,6 @@ from dropit.stored import offer, offered
 from dropit.strategies import Strategy
 from dropit.tracing import is_mapped, is_traced
 
-
 Output = TypeVar("Output")
 
 
