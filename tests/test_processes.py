@@ -76,7 +76,10 @@ def pytest_of_one_test(directory, body):
 # SIGALRM is what comes when the test's time is over.
 @pytest.mark.parametrize("signum", ["SIGALRM", "SIGINT", "SIGTERM", "SIGKILL"])
 def test_nothing_is_left_of_a_test_that_is_ended(tmp_path, pipe, signum):
-    test = f"def test_it():\n    processes.run([sys.executable, '-c', {HOLD!r}, {str(pipe)!r}])"
+    test = (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a shell's background jobs ignore
+        f"def test_it():\n    processes.run([sys.executable, '-c', {HOLD!r}, {str(pipe)!r}])"
+    )
     with processes.started(pytest_of_one_test(tmp_path, test), cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
         held = until_open(pipe)
         run.send_signal(getattr(signal, signum))
