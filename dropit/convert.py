@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dropit.budget import fit, parse_bytes
 from dropit.calibration import Choice, Setting
@@ -186,9 +186,23 @@ def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
 
 
 def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
+    example = _copied(dict(example) if isinstance(example, Mapping) else example)
+    if isinstance(example, dict):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _copied(example: Any) -> Any:
+    """Tensors that a model may change in place, and leaves of no graph; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(x: Tensor) -> Tensor:
+        if id(x) not in copies:
+            dense = x.layout is torch.strided and 0 not in x.stride()  # or it cannot be changed in place
+            copies[id(x)] = (x.detach().clone() if dense else x.detach()).requires_grad_(x.requires_grad)
+        return copies[id(x)]
+
+    return tree_map_only(Tensor, copied, example)
 
 
 def _some_loss(output: Any) -> Tensor:
