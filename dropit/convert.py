@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dropit.budget import fit, parse_bytes
 from dropit.calibration import Choice, Setting
 from dropit.layers import (
+    PARTS_OF_FORWARD,
     SWAPS,
     DropITLayer,
     LosslessLayer,
@@ -23,6 +26,7 @@ from dropit.layers import (
     QuantizedLayer,
     parent_in_table,
     plain_type,
+    set_own_type,
     swap_for,
 )
 from dropit.memory import CacheMeter
@@ -36,6 +40,7 @@ _BITS = {"int16": 16, "int8": 8, "int4": 4}
 _LEVELS = (8, 16, 4)  # bits that a budget may choose; as Calibration takes them
 VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _PLAIN = "plain: left out, or to_dropit was not called"
+_REPLACED = "not converted: its forward was replaced on the module itself"
 _NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
 
 Filter = Callable[[nn.Module, str], bool]
@@ -109,12 +114,13 @@ def to_dropit(
     packer = make(seed=seed)
     targets: Targets = {}
     for fqn, module in _spoken_of(model):
-        swap = swap_for(plain_type(module))
+        swap = None if _is_replaced(module) else swap_for(plain_type(module))
         if swap is not None and (filter_fn is None or filter_fn(module, fqn)):
             targets[fqn] = (module, swap)
     if not any(issubclass(swap, PackedInputLayer) for _, swap in targets.values()):
         raise ValueError(_nothing_converted(model))
     _warn_if_nothing_shrinks(packer, model)
+    before = [(module, type(module), vars(module).get("packer")) for module, _ in targets.values()]
     for module, swap in targets.values():
         _swap(module, swap if _is_wanted(swap, compress) else None, packer)
     if budget is None:
@@ -136,7 +142,11 @@ def to_dropit(
             on_step=on_step,
         )
     except BaseException:
-        from_dropit(model)
+        for module, kind, of_before in before:
+            _restore(module)
+            module.__class__ = kind  # type: ignore[assignment]
+            if of_before is not None:
+                module.packer = of_before
         raise
     _configure(targets, packer, setting)
     return model
@@ -169,7 +179,7 @@ def _swap(module: nn.Module, swap: type[DropITLayer] | None, packer: Packer) -> 
     if swap is None:
         _restore(module)
         return
-    module.__class__ = swap  # type: ignore[assignment]
+    set_own_type(module, swap)
     if issubclass(swap, (PackedInputLayer, QuantizedLayer)):
         module.packer = packer  # type: ignore[assignment]
 
@@ -248,7 +258,7 @@ def _restore(module: nn.Module) -> None:
     if isinstance(module, DropITLayer):
         if isinstance(module, (PackedInputLayer, QuantizedLayer)):
             del module.packer
-        module.__class__ = module.plain  # type: ignore[assignment]
+        set_own_type(module, plain_type(module))
 
 
 @dataclass(frozen=True)
@@ -323,16 +333,56 @@ def _spoken_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _reason(module: nn.Module) -> str:
     if isinstance(module, DropITLayer):
-        return ""
+        return "" if _reaches_ours(module) else _REPLACED
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "not converted: it has no shape yet; run a forward pass first"
-    swap = swap_for(type(module))
+    plain = plain_type(module)
+    swap = swap_for(plain)
+    if swap is not None and _is_replaced(module):
+        return _REPLACED
     if swap is not None:
         return _NOT_QUANTIZED if issubclass(swap, QuantizedLayer) else _PLAIN
-    parent = parent_in_table(type(module))
+    parent = parent_in_table(plain)
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"
     return "not converted: this type is not supported"
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether another class would change nothing: the module has a forward of its own, as accelerate's hooks set it."""
+    return not isinstance(module, DropITLayer) and not vars(module).keys().isdisjoint(PARTS_OF_FORWARD)
+
+
+def _reaches_ours(module: DropITLayer) -> bool:
+    """Whether the forward that was set on a converted module, if one was, holds that of its class, and may call it."""
+    if vars(module).keys().isdisjoint(PARTS_OF_FORWARD):
+        return True
+    return any(_holds(value, module) for value in vars(module).values() if callable(value))
+
+
+def _holds(found: Any, module: nn.Module, depth: int = 5) -> bool:
+    """Whether ``found`` is the forward of the module's class, or has it: wrapped, in a closure, or as an attribute."""
+    ours = type(module).forward
+    if found is ours or (isinstance(found, MethodType) and found.__func__ is ours):
+        return getattr(found, "__self__", module) is module
+    if depth == 0 or isinstance(found, (nn.Module, Tensor, type)):
+        return False
+    return any(_holds(part, module, depth - 1) for part in _parts(found) if callable(part) or isinstance(part, tuple))
+
+
+def _parts(found: Any) -> Iterator[Any]:
+    if isinstance(found, (tuple, list)):
+        yield from found
+    elif isinstance(found, partial):
+        yield from (found.func, *found.args, *found.keywords.values())
+    elif isinstance(found, MethodType):
+        yield found.__func__
+        yield from getattr(found.__self__, "__dict__", {}).values()
+    yield from getattr(found, "__dict__", {}).values()
+    yield from getattr(found, "__defaults__", None) or ()
+    for cell in getattr(found, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty as yet
+            yield cell.cell_contents
 
 
 def _nothing_converted(model: nn.Module) -> str:

@@ -306,3 +306,11 @@ def test_a_weight_that_starts_at_zero_is_the_same_afterwards():
     assert_same(before, observed(model))
     assert model[2].weight.data_ptr() == address
     assert model[2].weight.signbit().all()
+
+
+def test_a_budget_that_cannot_be_met_leaves_a_converted_model_as_it_was():
+    model = dropit.to_dropit(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), gamma=0.7)
+    before = repr(model)
+    with pytest.raises(ValueError, match="cannot be met"):
+        dropit.to_dropit(model, budget=100, example_input=torch.randn(64, 64))
+    assert repr(model) == before

@@ -1,10 +1,14 @@
 import copy
+import functools
 import pickle
+import threading
+import types
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import dropit
 from dropit.layers import DropITLayer
@@ -267,16 +271,6 @@ def test_a_subclass_with_its_parents_forward_is_converted_and_can_be_copied(dupl
     assert type(dropit.from_dropit(layer)) is Subclass
 
 
-def test_a_parametrized_layer_is_converted():
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 8))
-    x = torch.randn(20, 64)
-    expected = layer(x)
-    dropit.to_dropit(layer, gamma=0.0)
-    assert torch.equal(layer(x), expected)
-    layer(x).sum().backward()
-    assert layer.parametrizations.weight.original0.grad is not None
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -301,3 +295,266 @@ def test_an_eval_graph_exports_as_the_plain_model_does():
     ours = torch.export.export(dropit.to_dropit(model), (x,))
     exact = torch.export.export(plain, (x,))
     assert [str(node.target) for node in ours.graph.nodes] == [str(node.target) for node in exact.graph.nodes]
+
+
+class LowRank(nn.Module):
+    """A frozen weight and a product of two small ones, as LoRA."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, weight[0].numel()) / 8)
+        self.up = nn.Parameter(torch.randn(len(weight), 2) / 8)
+
+    def forward(self, weight):
+        return weight.detach() + (self.up @ self.down).view_as(weight)
+
+
+def add_low_rank(layer):
+    torch.manual_seed(1)
+    parametrize.register_parametrization(layer, "weight", LowRank(layer.weight))
+
+
+def add_two(layer):
+    parametrizations.weight_norm(layer)
+    parametrize.register_parametrization(layer, "bias", nn.Softplus(), unsafe=True)
+
+
+def add_spectral_norm(layer):
+    torch.manual_seed(1)
+    parametrizations.spectral_norm(layer)
+    layer.parametrizations.eval()  # without another iteration each time that the weight is read
+
+
+def add_hooked_spectral_norm(layer):
+    torch.manual_seed(1)
+    nn.utils.spectral_norm(layer)
+
+
+def remove_parametrizations(layer):
+    for name in list(layer.parametrizations):
+        parametrize.remove_parametrizations(layer, name)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+# How to give a layer's weight another form, and how to undo it.
+FORMS = {
+    "weight_norm": (parametrizations.weight_norm, remove_parametrizations),
+    "orthogonal": (lambda layer: parametrizations.orthogonal(layer, use_trivialization=False), remove_parametrizations),
+    "spectral_norm": (add_spectral_norm, remove_parametrizations),
+    "low rank": (add_low_rank, remove_parametrizations),
+    "two": (add_two, remove_parametrizations),
+    "hooked weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "hooked spectral_norm": (add_hooked_spectral_norm, nn.utils.remove_spectral_norm),
+    "pruned": (pruned, lambda layer: prune.remove(layer, "weight")),
+}
+LAYERS = {"Linear": (lambda: nn.Linear(64, 8), (20, 64)), "Conv2d": (lambda: nn.Conv2d(3, 8, 3), (4, 3, 9, 9))}
+
+
+def trained(layer, x):
+    """Output and gradients of a training step, by the names of the parameters."""
+    layer.zero_grad()
+    y = layer(x)
+    y.square().sum().backward()
+    return {"": y.detach()} | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+
+def held(model, x):
+    with dropit.CacheMeter(model, retain=False) as meter:
+        y = model(x)
+    del y
+    return meter.total_bytes
+
+
+def state_of(layer):
+    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize("order", ["form convert", "convert form"])
+@pytest.mark.parametrize("undo", ["form convert", "convert form"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_parametrizing_and_converting_go_in_any_order_and_so_does_undoing_them(kind, form, order, undo):
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    plain, x = make(), torch.randn(shape)
+    ours = copy.deepcopy(plain)
+    apply, unapply = FORMS[form]
+
+    apply(plain)
+    for step in order.split():
+        if step == "form":
+            apply(ours)
+        else:
+            dropit.to_dropit(ours, gamma=0.0)
+    (row,) = dropit.coverage(ours)
+    assert (row.type, row.status) == (kind, "converted")
+    assert isinstance(ours, DropITLayer)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(trained(ours, x), trained(plain, x))
+    assert held(dropit.to_dropit(ours, gamma=0.9), x) < held(plain, x)
+    dropit.to_dropit(ours, gamma=0.0)
+
+    unapply(plain)
+    for step in undo.split():
+        if step == "form":
+            unapply(ours)
+        else:
+            dropit.from_dropit(ours)
+    assert type(ours) is type(plain)
+    assert repr(ours) == repr(plain)
+    torch.testing.assert_close(state_of(ours), state_of(plain))
+    torch.testing.assert_close(trained(ours, x), trained(plain, x))
+
+
+def test_a_parametrized_layer_has_its_plain_class_back():
+    layer = parametrizations.weight_norm(nn.Linear(64, 8))
+    text = repr(layer)
+    assert repr(dropit.from_dropit(dropit.to_dropit(layer))) == text
+    layer = dropit.to_dropit(nn.Linear(64, 8))
+    assert repr(dropit.from_dropit(parametrizations.weight_norm(layer))) == text
+
+
+def test_a_copy_of_a_parametrized_converted_layer_is_one():
+    torch.manual_seed(0)
+    layer, x = parametrizations.weight_norm(dropit.to_dropit(nn.Linear(64, 8))), torch.randn(20, 64)
+    other = copy.deepcopy(layer)
+    torch.testing.assert_close(trained(other, x), trained(layer, x))
+    assert dropit.coverage(other)[0].status == "converted"
+    dropit.from_dropit(layer)
+    assert dropit.coverage(other)[0].status == "converted"
+    torch.testing.assert_close(other(x), layer(x))
+
+
+@pytest.mark.parametrize("make", [Subclass, nn.Linear])
+def test_a_parametrized_converted_layer_is_pickled_as_little_as_a_parametrized_one(make):
+    """Its parametrization would be lost without a word."""
+    layer = parametrizations.weight_norm(dropit.to_dropit(make(64, 8)))
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(layer)
+
+
+class WithState(nn.Linear):
+    """It is pickled in a way of its own."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.lock, self.copied = threading.Lock(), False
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock, self.copied = threading.Lock(), True
+
+
+class Remade(nn.Linear):
+    def __reduce__(self):
+        return Remade.remake, (self.in_features, self.out_features, self.weight), self.__dict__
+
+    @classmethod
+    def remake(cls, fan_in, fan_out, weight):
+        layer = cls(fan_in, fan_out)
+        layer.weight, layer.copied = weight, True
+        return layer
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("kind", [WithState, Remade])
+def test_a_subclass_says_itself_how_it_is_copied(kind, duplicate):
+    layer = dropit.to_dropit(kind(64, 8))
+    other = duplicate(layer)
+    assert type(other) is type(layer)
+    assert other.copied
+    x = torch.randn(20, 64)
+    torch.testing.assert_close(trained(other, x), trained(layer, x))
+
+
+def hooked(forward):
+    @functools.wraps(forward)
+    def wrapper(*args):
+        return forward(*args) + 1
+
+    return wrapper
+
+
+def stored(module):
+    """As accelerate does."""
+
+    def forward(module, x):
+        return module._old_forward(x) + 1
+
+    module._old_forward = module.forward
+    module.forward = types.MethodType(forward, module)
+
+
+class Calling:
+    def __init__(self, forward):
+        self.inner = forward
+
+    def __call__(self, x):
+        return self.inner(x) + 1
+
+    def run(self, x):
+        return self(x)
+
+
+WRAPPERS = {
+    "closure": lambda module: setattr(module, "forward", hooked(module.forward)),
+    "attribute": stored,
+    "partial": lambda module: setattr(module, "forward", functools.partial(lambda f, x: f(x) + 1, module.forward)),
+    "object": lambda module: setattr(module, "forward", Calling(module.forward)),
+    "objects method": lambda module: setattr(module, "forward", Calling(module.forward).run),
+    "itself": lambda module: setattr(module, "forward", module.forward),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_module_whose_forward_was_replaced_is_left_alone(wrap):
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8))
+    wrap(model[0])
+    x = torch.randn(20, 64)
+    expected = model(x)
+    dropit.to_dropit(model, gamma=0.9)
+    assert type(model[0]) is nn.Linear
+    assert [row.status for row in dropit.coverage(model)] == [
+        "not converted: its forward was replaced on the module itself",
+        "converted",
+    ]
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="converted 0 of 1: Linear x1: not converted: its forward was replaced"):
+        dropit.to_dropit(model[0])
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_converted_module_whose_forward_is_wrapped_stays_converted(wrap):
+    layer = dropit.to_dropit(nn.Linear(64, 8), gamma=0.9)
+    wrap(layer)
+    x = torch.randn(20, 64)
+    assert held(layer, x) == layer.strategy.pack(x).nbytes
+    assert dropit.coverage(layer)[0].status == "converted"
+    dropit.to_dropit(layer, gamma=0.5)
+    assert layer.strategy.gamma == 0.5
+
+
+def test_a_converted_module_whose_forward_is_another_is_not_reported_converted():
+    layers = [dropit.to_dropit(nn.Linear(8, 8)) for _ in range(3)]
+    before = nn.Linear(8, 8)
+    layers[0].forward = lambda x: x
+    layers[1].forward = layers[2].forward  # which is bound to the other
+    layers[2].forward = before.forward
+    for layer in layers:
+        assert dropit.coverage(layer)[0].status == "not converted: its forward was replaced on the module itself"
+
+
+def test_accelerates_hooks_are_seen():
+    hooks = pytest.importorskip("accelerate.hooks")
+    before, after = nn.Linear(64, 8), dropit.to_dropit(nn.Linear(64, 8))
+    for layer in (before, after):
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+    assert dropit.coverage(after)[0].status == "converted"
+    with pytest.raises(ValueError, match="its forward was replaced"):
+        dropit.to_dropit(before)

@@ -14,9 +14,10 @@ from dropit.layers import (
 )
 from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer, QuantizedLayer
 from dropit.layers.linear import dropit_linear
-from dropit.layers.table import SWAPS, parent_in_table, plain_type, register, swap_for
+from dropit.layers.table import PARTS_OF_FORWARD, SWAPS, parent_in_table, plain_type, register, set_own_type, swap_for
 
 __all__ = [
+    "PARTS_OF_FORWARD",
     "SWAPS",
     "DropITLayer",
     "LosslessLayer",
@@ -35,6 +36,7 @@ __all__ = [
     "pool",
     "register",
     "relu",
+    "set_own_type",
     "swap_for",
     "transformer",
 ]

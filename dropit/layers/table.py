@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -13,6 +15,7 @@ from torch import nn
 from dropit.layers.layer import DropITLayer
 
 SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {}  # the same, the other way round
 # Layers for any module whose forward names one of these functions.
 CALLERS: dict[str, type[DropITLayer]] = {}
 # Packages that are not imported unless the model brings them: the module here that has the layers of theirs.
@@ -26,7 +29,7 @@ _LAZY = {
     "torchvision.models.convnext": "dropit.layers.torchvision",
 }
 # What else of a class decides what its forward computes.
-_PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
+PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
 
 Layer = TypeVar("Layer", bound=type[DropITLayer])
 
@@ -42,8 +45,13 @@ def register(layer: Layer) -> Layer:
         raise TypeError(f"{layer!r} is not a subclass of PackedInputLayer, LosslessLayer or QuantizedLayer")
     if not (isinstance(plain, type) and issubclass(layer, plain)):
         raise TypeError(f"{layer.__name__}.plain must be the class that it takes the place of, got {plain!r}")
-    SWAPS[plain] = layer
+    _enter(plain, layer)
     return layer
+
+
+def _enter(plain: type[nn.Module], layer: type[DropITLayer]) -> None:
+    SWAPS[plain] = layer
+    _PLAIN[layer] = plain
 
 
 def register_callers(*names: str) -> Callable[[Layer], Layer]:
@@ -57,8 +65,48 @@ def register_callers(*names: str) -> Callable[[Layer], Layer]:
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The module's class, or the one it had before it was swapped."""
-    return module.plain if isinstance(module, DropITLayer) else type(module)
+    """The module's own class, which is below any that PyTorch laid over it, or the one it had before it was swapped."""
+    own = _own_type(type(module))
+    return _PLAIN.get(own, own)
+
+
+def set_own_type(module: nn.Module, own: type[nn.Module]) -> None:
+    """Give the module another class, below those that are laid over its present one."""
+    module.__class__ = _laid_over(type(module), _own_type(type(module)), own)  # type: ignore[assignment]
+
+
+def _own_type(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that was swapped in; or ``kind``, without those that PyTorch makes at run time and lays over it."""
+    swapped = next((each for each in kind.__mro__ if each in _PLAIN), None)
+    if swapped is not None:
+        return swapped  # type: ignore[no-any-return]
+    while _is_made_by_torch(kind):
+        kind = kind.__bases__[-1]
+    return kind
+
+
+def _is_made_by_torch(kind: type[nn.Module]) -> bool:
+    """Whether it is a class such as ParametrizedLinear or FSDPLinear, which no module of PyTorch's has by that name."""
+    home, name = kind.__module__, kind.__qualname__
+    if home.partition(".")[0] != "torch" or "<locals>" in name or not issubclass(kind.__bases__[-1], nn.Module):
+        return False
+    found: Any = sys.modules.get(home)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not kind
+
+
+def _laid_over(kind: type, below: type, instead: type) -> type:
+    """``kind``, which is ``below`` or derives from it, with ``instead`` in its place.
+
+    A new class with what ``kind`` defines: PyTorch writes properties into it, and takes its base for the module's own.
+    """
+    if kind is below:
+        return instead
+    bases = tuple(_laid_over(base, below, instead) if issubclass(base, below) else base for base in kind.__bases__)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    name = kind.__name__.removesuffix(below.__name__)
+    return type(name + instead.__name__ if name != kind.__name__ else name, bases, members)
 
 
 def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
@@ -72,7 +120,7 @@ def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
         if like is None:
             return None
         members = {"plain": plain, "__doc__": like.__doc__, "__reduce_ex__": _reduce}
-        SWAPS[plain] = type(f"DropIT{plain.__name__}", (like, plain), members)
+        _enter(plain, type(f"DropIT{plain.__name__}", (like, plain), members))
     return SWAPS[plain]
 
 
@@ -94,15 +142,23 @@ def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:
 def _computes_the_same(plain: type[nn.Module], parent: type[nn.Module]) -> bool:
     # A lazy module has no shape yet, and becomes its parent when it has.
     lazy = issubclass(plain, nn.modules.lazy.LazyModuleMixin)
-    return not lazy and all(getattr(plain, part, None) is getattr(parent, part, None) for part in _PARTS_OF_FORWARD)
+    return not lazy and all(getattr(plain, part, None) is getattr(parent, part, None) for part in PARTS_OF_FORWARD)
 
 
 def _reduce(self: DropITLayer, protocol: Any) -> tuple[Any, ...]:
-    """How pickle and copy take a module whose class was made here: by its plain class."""
-    return _rebuild, (self.plain,), self.__dict__
+    """How pickle and copy take a module whose class was made here: as the plain class does, and then swapped."""
+    own = _own_type(type(self))
+    made: Any = super(own, self).__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
+    if type(self) is not own:  # whoever laid a class over it says whether it can be pickled
+        return made  # type: ignore[no-any-return]
+    make, arguments, *rest = made
+    plain = _PLAIN[own]
+    return _rebuild, (plain, make, *(plain if each is own else each for each in arguments)), *rest
 
 
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
+def _rebuild(plain: type[nn.Module], make: Callable[..., nn.Module] = copyreg.__newobj__, *arguments: Any) -> nn.Module:  # type: ignore[attr-defined]
+    module = make(*arguments)
     swap = swap_for(plain)
     assert swap is not None
-    return swap.__new__(swap)
+    module.__class__ = swap  # type: ignore[assignment]
+    return module
