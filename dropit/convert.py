@@ -121,8 +121,8 @@ def to_dropit(
         raise ValueError(_nothing_converted(model))
     _warn_if_nothing_shrinks(packer, model)
     before = [(module, type(module), vars(module).get("packer")) for module, _ in targets.values()]
-    for module, swap in targets.values():
-        _swap(module, swap if _is_wanted(swap, compress) else None, packer)
+    for fqn, (module, swap) in targets.items():
+        _swap(module, swap if _is_wanted(swap, compress) else None, packer.for_layer(fqn))
     if budget is None:
         return model
 
@@ -192,7 +192,7 @@ def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
         if choice not in packers:
             packers[choice] = like.replaced(**choice._asdict())
         wanted = choice.bits is not None or not issubclass(swap, QuantizedLayer)
-        _swap(module, swap if wanted else None, packers[choice])
+        _swap(module, swap if wanted else None, packers[choice].for_layer(fqn))
 
 
 def _call(model: nn.Module, example: Any) -> Any:

@@ -16,8 +16,16 @@ MAY_IMPORT = {
     "dropit.packed": set(),
     "dropit.ops": {"dropit.packed", "dropit.tracing"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
-    "dropit.stored": {"dropit.packed", "dropit.ops", "dropit.tracing"},
-    "dropit.packer": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.stored", "dropit.tracing"},
+    "dropit.snapshot": {"dropit.tracing"},
+    "dropit.stored": {"dropit.packed", "dropit.ops", "dropit.snapshot", "dropit.tracing"},
+    "dropit.packer": {
+        "dropit.packed",
+        "dropit.ops",
+        "dropit.strategies",
+        "dropit.snapshot",
+        "dropit.stored",
+        "dropit.tracing",
+    },
     "dropit.layers": {
         "dropit.packed",
         "dropit.ops",

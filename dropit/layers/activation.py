@@ -93,8 +93,10 @@ class DropITActivation(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if self.curve is None or not input.is_floating_point() or not self.packs(input) or _is_part(input):
+        if self.curve is None or not input.is_floating_point():
             return super().forward(input)  # type: ignore[no-any-return, misc]
+        if not self.packs(input) or _is_part(input):
+            return self.passes_on(super().forward(input))  # type: ignore[misc]
         return dropit_activation(input, self.curve, self.packer, inplace=self.inplace)
 
 
@@ -108,7 +110,7 @@ def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool
     overwritten = inplace and not packer.narrows(input)  # what would be kept as it is
     stored = packer.store_all(input.clone() if overwritten else input)
     output = DropITActivationFunction.apply(input, name, inplace, *stored.arguments)
-    return offer(output, stored.then(partial(_again, name)))
+    return offer(output, packer.offer(stored.then(partial(_again, name))))
 
 
 def _again(name: str, x: Tensor) -> Tensor:

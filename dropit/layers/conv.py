@@ -77,13 +77,15 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     if not weight.requires_grad:
         return DropITConvFunction.apply(x, w, b, geometry, None)  # type: ignore[no-any-return]
     stored = packer.store(x, input, channel_dim=1)
+    if stored is None:
+        return torch.convolution(input, weight, bias, *geometry)
     return DropITConvFunction.apply(x, w, b, geometry, *stored.arguments)  # type: ignore[no-any-return]
 
 
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.saves(input=input):
             return super().forward(input)  # type: ignore[misc, no-any-return]
         padded, padding = self._pad(input)
         none = (0,) * len(self.stride)
@@ -105,7 +107,7 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
 class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.saves(input=input):
             return super().forward(input, output_size)  # type: ignore[misc, no-any-return]
         dimensions = len(self.stride)
         extra = self._output_padding(

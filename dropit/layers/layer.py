@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,11 @@ from torch.autograd import Function
 from dropit import ops
 from dropit.packed import flatten, is_dense_in_memory, memory_order, unflatten
 from dropit.packer import Packer
+from dropit.stored import offer, offered
 from dropit.strategies import Strategy
 from dropit.tracing import is_mapped, is_traced
+
+Output = TypeVar("Output")
 
 
 class DropITLayer(nn.Module):
@@ -24,11 +28,39 @@ class DropITLayer(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
 
+    def saves(self, **inputs: Tensor) -> bool:
+        """Whether a forward pass now saves anything for backward: in training, with gradients on."""
+        return self.training and torch.is_grad_enabled()
 
-class PackedInputLayer(DropITLayer):
-    """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
+
+class _PackerLayer(DropITLayer):
+    """A layer that is told by a packer how to store what it keeps."""
 
     packer: Packer
+
+    def saves(self, **inputs: Tensor) -> bool:
+        """Whether a forward pass now saves anything for backward. ``inputs``: by role, those that it may store."""
+        if self.training and not torch.is_grad_enabled():
+            self.packer.skip(inputs)
+        return super().saves()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside the keys, where modules note their version.
+        if hasattr(destination, "_metadata"):
+            notes = {"dropit": repr(self.packer), "dropit_drawn": self.packer.drawn()}
+            destination._metadata[prefix[:-1]].update(notes)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        saved, now = local_metadata.get("dropit"), repr(self.packer)
+        if saved is not None and saved != now:
+            warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
+        self.packer.draw_on(*local_metadata.get("dropit_drawn", ({}, 0)))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class PackedInputLayer(_PackerLayer):
+    """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
 
     @property
     def strategy(self) -> Strategy:
@@ -37,34 +69,28 @@ class PackedInputLayer(DropITLayer):
 
     def packs(self, weight: Tensor) -> bool:
         """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
-        return self.training and torch.is_grad_enabled() and weight.requires_grad
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside the keys, where modules note their version.
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["dropit"] = repr(self.packer)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        saved, now = local_metadata.get("dropit"), repr(self.packer)
-        if saved is not None and saved != now:
-            warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        return self.saves() and weight.requires_grad
 
     def extra_repr(self) -> str:
         """The plain layer's, and the strategy."""
         return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.packer}"]))
 
 
-class QuantizedLayer(DropITLayer):
+class QuantizedLayer(_PackerLayer):
     """A layer that drops nothing, and keeps what it keeps in fewer bits: its own gradients are approximated."""
-
-    packer: Packer
 
     def packs(self, input: Tensor) -> bool:
         """Whether a forward pass now keeps anything: in training, where a gradient is wanted, but not under vmap."""
+        if not self.saves(input=input):
+            return False
         wanted = input.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False))
-        return self.training and torch.is_grad_enabled() and wanted and not is_mapped(input)
+        return wanted and not is_mapped(input)
+
+    def passes_on(self, output: Tensor) -> Tensor:
+        """``output``, on offer as it would be if gradients were on, where they are off in training."""
+        if self.training and not torch.is_grad_enabled():
+            offer(output, self.packer.offer(None))
+        return output
 
     def extra_repr(self) -> str:
         """The plain layer's, and the number of bits."""
@@ -76,7 +102,16 @@ class LosslessLayer(DropITLayer):
 
     def packs(self, input: Tensor) -> bool:
         """Whether a forward pass now keeps anything: in training, where a gradient of the input is wanted."""
-        return self.training and torch.is_grad_enabled() and input.requires_grad
+        return self.saves() and input.requires_grad
+
+    def unsaved(self, forward: Callable[[Tensor], Output], input: Tensor) -> Output:
+        """What the plain ``forward`` makes of ``input``; in training without gradients on offer where ``input`` is."""
+        if not self.training or torch.is_grad_enabled():
+            return forward(input)
+        known, output = offered(input), forward(input)
+        if known is not None and isinstance(output, Tensor):
+            offer(output, known._replace(stored=None))
+        return output
 
 
 def save_mask(ctx: Any, mask: Tensor) -> None:
@@ -107,6 +142,13 @@ def where_saved(ctx: Any, grad: Tensor) -> Tensor:
     return unflatten(ops.keep_marked(flat, bits), layout)
 
 
+def anchor(x: Tensor) -> Tensor | None:
+    """No element of ``x``, but what depends on it under torch.func, for :func:`first_order_only`; None elsewhere."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    return x.reshape(-1)[:0].clone()
+
+
 class _FirstOrderOnly(Function):
     """Identity, in the graph of ``through``, that cannot be differentiated."""
 
@@ -131,7 +173,8 @@ class _FirstOrderOnly(Function):
 def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
     """``grad``, which is an error to differentiate: autograd knows nothing of the input that was packed.
 
-    ``through``: what requires a gradient wherever ``grad`` has a derivative; None where that cannot be told.
+    ``through``: what requires a gradient wherever ``grad`` has a derivative, under torch.func an :func:`anchor` of what
+    was packed; None where that cannot be told.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grad  # no create_graph, so no second derivative

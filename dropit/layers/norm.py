@@ -130,7 +130,7 @@ class _DropITBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C) or (N, C, *spatial)."""
         if not self.packs(input) or input.numel() == input.shape[1]:  # one value a channel is PyTorch's error
-            return super().forward(input)
+            return self.passes_on(super().forward(input))
         self._check_input_dim(input)
         return dropit_batch_norm(input, self, self.packer)
 
@@ -183,7 +183,7 @@ class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., *normalized_shape)."""
         if not self.packs(input):
-            return super().forward(input)
+            return self.passes_on(super().forward(input))
         return dropit_layer_norm(input, self, self.packer)
 
 
@@ -211,7 +211,7 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C, *spatial)."""
         if not self.packs(input) or input.numel() == 0:
-            return super().forward(input)
+            return self.passes_on(super().forward(input))
         x, w, b = _in_float(input, self.weight, self.bias)
         samples, channels = x.shape[:2]
         with torch.no_grad():
@@ -233,7 +233,7 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., *normalized_shape)."""
         if not self.packs(x):
-            return super().forward(x)
+            return self.passes_on(super().forward(x))
         x, w, _ = _in_float(x, self.weight, None)
         with torch.no_grad():
             output = F.rms_norm(x, self.normalized_shape, w, self.eps)
@@ -258,13 +258,13 @@ def _in_graph(
 
     ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
-    stored = Stored.of(packer.quantize(normalized))
+    stored = Stored.of(packer.quantize(normalized, "normalized"))
     output = function.apply(*tensors, shape, *stored.arguments)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
         affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
-    return offer(output, stored.then(_scaled, *affine))
+    return offer(output, packer.offer(stored.then(_scaled, *affine)))
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

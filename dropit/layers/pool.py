@@ -117,7 +117,7 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         """input: (N, C, *spatial) or (C, *spatial)."""
         windows = self._windows()
         if not self.packs(input) or self.return_indices or _size(windows) > 256:
-            return super().forward(input)  # type: ignore[misc]
+            return self.unsaved(super().forward, input)  # type: ignore[misc]
         if self.dimensions > 1:
             return dropit_max_pool(input, windows)
         # One dimension is two, as PyTorch has it.

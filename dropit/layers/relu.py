@@ -77,7 +77,7 @@ class DropITReLU(LosslessLayer, nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
         if not self.packs(input):
-            return super().forward(input)
+            return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace)
 
 
@@ -90,7 +90,7 @@ class DropITHardtanh(LosslessLayer, nn.Hardtanh):
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
         if not self.packs(input):
-            return super().forward(input)
+            return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace, lower=self.min_val, upper=self.max_val)
 
 
@@ -110,5 +110,5 @@ class DropITLeakyReLU(LosslessLayer, nn.LeakyReLU):
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
         if not self.packs(input) or self.negative_slope <= 0:
-            return super().forward(input)
+            return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace, slope=self.negative_slope)

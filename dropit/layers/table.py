@@ -129,9 +129,17 @@ def _entry_like(plain: type[nn.Module]) -> type[DropITLayer] | None:
     parent = parent_in_table(plain)
     if parent is not None and _computes_the_same(plain, parent):
         return SWAPS[parent]
+    return next((CALLERS[name] for name in _names_in_forward(plain) if name in CALLERS), None)
+
+
+def calls_registered(plain: type[nn.Module]) -> bool:
+    """Whether the class's own forward names a function of CALLERS."""
+    return any(name in CALLERS for name in _names_in_forward(plain))
+
+
+def _names_in_forward(plain: type[nn.Module]) -> tuple[str, ...]:
     code = getattr(inspect.unwrap(plain.forward), "__code__", None)
-    called = [CALLERS[name] for name in getattr(code, "co_names", ()) if name in CALLERS]
-    return called[0] if called else None
+    return getattr(code, "co_names", ())
 
 
 def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:
