@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-from dropit.layers import DropITLayer, PackedInputLayer, QuantizedLayer
+from dropit.layers import PackedInputLayer, QuantizedLayer, is_converted
 from dropit.layers.attention import DropITMultiheadAttention
 from dropit.memory import CacheMeter
 
@@ -84,7 +84,7 @@ class Calibration:
     ) -> None:
         self._model, self._configure, self._forward, self._loss_fn = model, configure, forward, loss_fn
         self._gammas, self._value_dtype, self._levels, self._on_step = gammas, value_dtype, levels, on_step
-        named = dict(model.named_modules())
+        named = {fqn: module for fqn, module in model.named_modules() if is_converted(module)}
         self._packing = [fqn for fqn, module in named.items() if isinstance(module, PackedInputLayer)]
         quantizing = (QuantizedLayer, DropITMultiheadAttention)
         self._quantizing = [fqn for fqn, module in named.items() if isinstance(module, quantizing)]
@@ -261,7 +261,7 @@ def in_training(model: nn.Module) -> Iterator[None]:
 
     In eval mode nothing is dropped or quantized. Parts in eval mode, as a frozen BatchNorm, stay in it.
     """
-    if any(module.training for module in model.modules() if isinstance(module, DropITLayer)):
+    if any(module.training for module in model.modules() if is_converted(module)):
         yield
         return
     flags = [(module, module.training) for module in model.modules()]

@@ -24,6 +24,9 @@ from dropit.layers import (
     LosslessLayer,
     PackedInputLayer,
     QuantizedLayer,
+    has_fixed_type,
+    in_the_way,
+    is_converted,
     parent_in_table,
     plain_type,
     set_own_type,
@@ -42,6 +45,8 @@ VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torc
 _PLAIN = "plain: left out, or to_dropit was not called"
 _REPLACED = "not converted: its forward was replaced on the module itself"
 _NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
+
+_STATE = ("_dropit_packer", "_dropit_off")  # all that is ever added to a module
 
 Filter = Callable[[nn.Module, str], bool]
 Targets = dict[str, tuple[nn.Module, type[DropITLayer]]]  # by name: a module, and the class to swap in
@@ -114,13 +119,13 @@ def to_dropit(
     packer = make(seed=seed)
     targets: Targets = {}
     for fqn, module in _spoken_of(model):
-        swap = None if _is_replaced(module) else swap_for(plain_type(module))
-        if swap is not None and (filter_fn is None or filter_fn(module, fqn)):
+        swap = swap_for(plain_type(module))
+        if swap is not None and not _obstacle(module, swap) and (filter_fn is None or filter_fn(module, fqn)):
             targets[fqn] = (module, swap)
     if not any(issubclass(swap, PackedInputLayer) for _, swap in targets.values()):
         raise ValueError(_nothing_converted(model))
     _warn_if_nothing_shrinks(packer, model)
-    before = [(module, type(module), vars(module).get("packer")) for module, _ in targets.values()]
+    before = [(module, type(module), _state_of(module)) for module, _ in targets.values()]
     for fqn, (module, swap) in targets.items():
         _swap(module, swap if _is_wanted(swap, compress) else None, packer.for_layer(fqn))
     if budget is None:
@@ -142,11 +147,10 @@ def to_dropit(
             on_step=on_step,
         )
     except BaseException:
-        for module, kind, of_before in before:
-            _restore(module)
+        for module, kind, state in before:
+            _forget(module)
             module.__class__ = kind  # type: ignore[assignment]
-            if of_before is not None:
-                module.packer = of_before
+            vars(module).update(state)
         raise
     _configure(targets, packer, setting)
     return model
@@ -180,8 +184,18 @@ def _swap(module: nn.Module, swap: type[DropITLayer] | None, packer: Packer) -> 
         _restore(module)
         return
     set_own_type(module, swap)
+    vars(module).pop("_dropit_off", None)
     if issubclass(swap, (PackedInputLayer, QuantizedLayer)):
-        module.packer = packer  # type: ignore[assignment]
+        vars(module)["_dropit_packer"] = packer
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in _STATE if name in vars(module)}
+
+
+def _forget(module: nn.Module) -> None:
+    for name in _STATE:
+        vars(module).pop(name, None)
 
 
 def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
@@ -256,9 +270,11 @@ def from_dropit(model: nn.Module) -> nn.Module:
 
 def _restore(module: nn.Module) -> None:
     if isinstance(module, DropITLayer):
-        if isinstance(module, (PackedInputLayer, QuantizedLayer)):
-            del module.packer
-        set_own_type(module, plain_type(module))
+        _forget(module)
+        if has_fixed_type(module):
+            vars(module)["_dropit_off"] = True
+        else:
+            set_own_type(module, plain_type(module))
 
 
 @dataclass(frozen=True)
@@ -313,7 +329,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
 
 
 def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
-    if meter is None or not isinstance(module, (PackedInputLayer, QuantizedLayer)):
+    if meter is None or isinstance(module, LosslessLayer) or not is_converted(module):
         return ""
     if fqn not in meter.ran():
         return "not called: another module may read its weight by itself"
@@ -332,28 +348,31 @@ def _spoken_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reason(module: nn.Module) -> str:
-    if isinstance(module, DropITLayer):
+    if is_converted(module):
         return "" if _reaches_ours(module) else _REPLACED
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "not converted: it has no shape yet; run a forward pass first"
     plain = plain_type(module)
     swap = swap_for(plain)
-    if swap is not None and _is_replaced(module):
-        return _REPLACED
     if swap is not None:
-        return _NOT_QUANTIZED if issubclass(swap, QuantizedLayer) else _PLAIN
+        return _obstacle(module, swap) or (_NOT_QUANTIZED if issubclass(swap, QuantizedLayer) else _PLAIN)
     parent = parent_in_table(plain)
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"
     return "not converted: this type is not supported"
 
 
-def _is_replaced(module: nn.Module) -> bool:
-    """Whether another class would change nothing: the module has a forward of its own, as accelerate's hooks set it."""
-    return not isinstance(module, DropITLayer) and not vars(module).keys().isdisjoint(PARTS_OF_FORWARD)
+def _obstacle(module: nn.Module, swap: type[DropITLayer]) -> str:
+    """What keeps the module from being converted, if anything does."""
+    if isinstance(module, DropITLayer):
+        return ""
+    if not vars(module).keys().isdisjoint(PARTS_OF_FORWARD):  # as accelerate's hooks set it: a class would not matter
+        return _REPLACED
+    name = in_the_way(module, swap)
+    return f"not converted: its own {name!r} is a name that DropIT's layer needs" if name else ""
 
 
-def _reaches_ours(module: DropITLayer) -> bool:
+def _reaches_ours(module: nn.Module) -> bool:
     """Whether the forward that was set on a converted module, if one was, holds that of its class, and may call it."""
     if vars(module).keys().isdisjoint(PARTS_OF_FORWARD):
         return True

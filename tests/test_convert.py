@@ -556,3 +556,177 @@ def test_accelerates_hooks_are_seen():
     assert dropit.coverage(after)[0].status == "converted"
     with pytest.raises(ValueError, match="its forward was replaced"):
         dropit.to_dropit(before)
+
+
+class Named(nn.Linear):
+    """It has what DropIT calls its own things by."""
+
+    packer = "class attribute"
+    plain = True
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.kind = "mine"
+
+    @property
+    def strategy(self):
+        return self.kind
+
+    @strategy.setter
+    def strategy(self, kind):
+        self.kind = kind
+
+
+class Forwarding(nn.Linear):
+    def __getattr__(self, name):
+        return "forwarded" if name == "strategy" else super().__getattr__(name)
+
+
+def with_attributes(layer):
+    layer.packer, layer.strategy, layer.plain = "mine", 3, None
+    return layer
+
+
+def with_modules(layer):
+    layer.packer, layer.strategy = nn.ReLU(), nn.Linear(2, 2)
+    return layer
+
+
+def with_tensors(layer):
+    layer.packer = nn.Parameter(torch.ones(2))
+    layer.register_buffer("strategy", torch.ones(3))
+    return layer
+
+
+OWNERS = {
+    "class": lambda: Named(64, 8),
+    "getattr": lambda: Forwarding(64, 8),
+    "attributes": lambda: with_attributes(nn.Linear(64, 8)),
+    "attributes of a subclass": lambda: with_attributes(Subclass(64, 8)),
+    "modules": lambda: with_modules(nn.Linear(64, 8)),
+    "tensors": lambda: with_tensors(nn.Linear(64, 8)),
+}
+
+
+@pytest.mark.parametrize("make", OWNERS.values(), ids=OWNERS)
+def test_what_a_layer_calls_packer_or_strategy_itself_stays_its_own(make):
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(40, 64)
+    text, attributes, kind = repr(layer), dict(vars(layer)), type(layer)
+    before = {name: getattr(layer, name, None) for name in ("packer", "strategy", "plain")}
+    keys, size = list(layer.state_dict()), held(layer, x)
+    for model in (dropit.to_dropit(layer, gamma=0.9), copy.deepcopy(layer)):
+        assert dropit.coverage(model)[0].status == "converted"
+        assert held(model, x) < size / 3
+        assert list(model.state_dict()) == keys
+    for name, own in before.items():
+        if own is not None or name in attributes:
+            assert getattr(layer, name) is own
+    dropit.from_dropit(layer)
+    assert (type(layer), repr(layer), vars(layer)) == (kind, text, attributes)
+
+
+def test_names_of_ones_own_can_be_set_on_a_converted_layer():
+    layer = dropit.to_dropit(Named(64, 8))
+    layer.strategy = "new"
+    assert (layer.strategy, layer.kind) == ("new", "new")
+    layer = dropit.to_dropit(nn.Linear(64, 8))
+    layer.strategy = layer.packer = 5
+    assert (layer.strategy, layer.packer) == (5, 5)
+    assert dropit.coverage(layer)[0].status == "converted"
+    del layer.strategy
+    assert layer.strategy == FastMinK(0.9)
+
+
+def test_a_layer_whose_own_names_are_in_the_way_is_left_alone():
+    class Packing(nn.Linear):
+        def packs(self):
+            return "boxes"
+
+    layer = nn.Linear(8, 8)
+    layer.saves = True
+    model = dropit.to_dropit(nn.Sequential(Packing(8, 8), layer, nn.Linear(8, 8)))
+    assert [row.status for row in dropit.coverage(model)] == [
+        "not converted: its own 'packs' is a name that DropIT's layer needs",
+        "not converted: its own 'saves' is a name that DropIT's layer needs",
+        "converted",
+    ]
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[0].packs() == "boxes"
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("undo", [dropit.from_dropit, lambda m: dropit.to_dropit(m, compress="lossless")])
+def test_undoing_it_reaches_layers_whose_forward_is_wrapped(wrap, undo):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Conv1d(1, 1, 3), nn.ReLU())
+    plain.forward = lambda x: plain[4](plain[3](plain[2](plain[1](plain[0](x))).unsqueeze(1)))
+    ours, x = copy.deepcopy(list(plain)), torch.randn(20, 64)
+    ours = dropit.to_dropit(nn.ModuleList(ours), compress="int8", gamma=0.9)
+    for layers in (plain, ours):
+        for layer in layers:
+            wrap(layer)
+
+    def run(layers):
+        first, norm, curve, conv, relu = layers
+        return relu(conv(curve(norm(first(x))).unsqueeze(1)))
+
+    undo(ours)
+    if undo is dropit.from_dropit:
+        assert dropit.coverage(ours).converted == 0
+        with dropit.CacheMeter(ours) as meter:
+            ours_y = run(ours)
+        with dropit.CacheMeter(plain) as expected:
+            plain_y = run(plain)
+        assert meter.total_bytes == expected.total_bytes
+        assert torch.equal(ours_y, plain_y)
+        assert "dropit" not in str(ours.state_dict()._metadata)
+    assert [row.status.split(":")[0] for row in dropit.coverage(ours)][1:3] == ["plain", "plain"]
+    dropit.to_dropit(ours, compress="int8", gamma=0.0)
+    assert dropit.coverage(ours).converted == 5
+    run(ours).sum().backward()
+
+
+def test_a_class_that_was_laid_over_a_converted_layer_stays():
+    class Loud:
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = dropit.to_dropit(nn.Linear(64, 8), gamma=0.9), torch.randn(20, 64)
+    layer.__class__ = type("LoudLinear", (Loud, type(layer)), {})
+    assert held(layer, x) < 20 * 64
+    assert held(dropit.from_dropit(layer), x) == 20 * 64 * 4
+    assert type(layer).__mro__[:3] == (type(layer), Loud, nn.Linear)
+    torch.testing.assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
+
+    layer = dropit.to_dropit(nn.Linear(64, 8), gamma=0.9)
+
+    class LouderLinear(type(layer)):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    layer.__class__ = LouderLinear
+    assert held(dropit.from_dropit(layer), x) == 20 * 64 * 4
+    torch.testing.assert_close(layer(x), 3 * nn.functional.linear(x, layer.weight, layer.bias))
+    assert dropit.coverage(layer)[0].status.startswith("plain")
+
+
+@pytest.mark.parametrize("first", ["convert", "replace"])
+def test_a_convolution_whose_inner_forward_is_replaced_pads_as_it_says(first):
+    """As image generators do for tiles that fit together."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 9, 9)
+
+    def circular(self, input, weight, bias):
+        return nn.functional.conv2d(nn.functional.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    expected = circular(layer, x, layer.weight, layer.bias)
+    model = nn.Sequential(layer, nn.Conv2d(8, 8, 3))
+    for step in sorted(["convert", "replace"], key=lambda step: step != first):
+        if step == "convert":
+            dropit.to_dropit(model, gamma=0.0)
+        else:
+            layer._conv_forward = types.MethodType(circular, layer)
+    assert torch.equal(layer(x), expected)
+    assert dropit.coverage(model)[0].status == "not converted: its forward was replaced on the module itself"
+    assert type(dropit.from_dropit(model)[0]) is nn.Conv2d

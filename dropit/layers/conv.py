@@ -85,7 +85,8 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not self.saves(input=input):
+        # Which may be replaced on the module, to pad in another way.
+        if not self.saves(input=input) or "_conv_forward" in self.__dict__:
             return super().forward(input)  # type: ignore[misc, no-any-return]
         padded, padding = self._pad(input)
         none = (0,) * len(self.stride)

@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -28,6 +29,9 @@ _LAZY = {
     "timm.layers.activations": "dropit.layers.timm",
     "torchvision.models.convnext": "dropit.layers.torchvision",
 }
+# What DropIT shows of a layer, where the layer's class has nothing of that name itself.
+_SHOWN = ("packer", "strategy", "plain")
+_READ = ("inplace",)  # what they define for layers that do not have it
 # What else of a class decides what its forward computes.
 PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
 
@@ -72,7 +76,19 @@ def plain_type(module: nn.Module) -> type[nn.Module]:
 
 def set_own_type(module: nn.Module, own: type[nn.Module]) -> None:
     """Give the module another class, below those that are laid over its present one."""
-    module.__class__ = _laid_over(type(module), _own_type(type(module)), own)  # type: ignore[assignment]
+    if own is not _own_type(type(module)):
+        module.__class__ = _laid_over(type(module), _own_type(type(module)), own)  # type: ignore[assignment]
+
+
+def has_fixed_type(module: nn.Module) -> bool:
+    """Whether its class must stay, as methods are bound to it: ``super()`` of one laid over it, or a stored forward."""
+    own = _own_type(type(module))
+    above = [each for each in type(module).__mro__ if issubclass(each, own) and each is not own]
+    codes = [getattr(value, "__code__", None) for each in above for value in vars(each).values()]
+    if any("__class__" in getattr(code, "co_freevars", ()) for code in codes):
+        return True
+    swapped = [part for part in PARTS_OF_FORWARD if getattr(own, part, None) is not getattr(_PLAIN[own], part, None)]
+    return not vars(module).keys().isdisjoint(swapped)
 
 
 def _own_type(kind: type[nn.Module]) -> type[nn.Module]:
@@ -120,6 +136,7 @@ def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
         if like is None:
             return None
         members = {"plain": plain, "__doc__": like.__doc__, "__reduce_ex__": _reduce}
+        members |= {name: inspect.getattr_static(plain, name) for name in _SHOWN if hasattr(plain, name)}
         _enter(plain, type(f"DropIT{plain.__name__}", (like, plain), members))
     return SWAPS[plain]
 
@@ -135,6 +152,22 @@ def _entry_like(plain: type[nn.Module]) -> type[DropITLayer] | None:
 def calls_registered(plain: type[nn.Module]) -> bool:
     """Whether the class's own forward names a function of CALLERS."""
     return any(name in CALLERS for name in _names_in_forward(plain))
+
+
+def in_the_way(module: nn.Module, swap: type[DropITLayer]) -> str | None:
+    """A name that the module or its own class gives to something else than ``swap`` does."""
+    ours, base = _names_added(swap)  # type: ignore[arg-type]
+    theirs = {*vars(module), *module._parameters, *module._buffers, *module._modules, *dir(_PLAIN[swap])}
+    return min(ours & theirs - base, default=None)
+
+
+@cache
+def _names_added(swap: type[DropITLayer]) -> tuple[frozenset[str], frozenset[str]]:
+    """What DropIT's classes define, but for what they show, and what the class has for which they are made."""
+    classes = [each for each in swap.__mro__ if issubclass(each, DropITLayer)]
+    made_here = vars(swap).get("__reduce_ex__") is _reduce
+    names = {name for each in classes for name in vars(each) if not name.startswith(("__", "_dropit"))}
+    return frozenset(names.difference(_SHOWN, _READ)), frozenset(dir(classes[made_here].plain))
 
 
 def _names_in_forward(plain: type[nn.Module]) -> tuple[str, ...]:
