@@ -91,7 +91,7 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
         padded, padding = self._pad(input)
         none = (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
-        return dropit_conv(padded, self.weight, self.bias, geometry, self.packer)
+        return dropit_conv(padded, self.weight, self.bias, geometry, self._dropit_packer)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same')."""
@@ -121,7 +121,7 @@ class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
             list(self.dilation),
         )
         geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)  # type: ignore[arg-type]
-        return dropit_conv(input, self.weight, self.bias, geometry, self.packer)
+        return dropit_conv(input, self.weight, self.bias, geometry, self._dropit_packer)
 
 
 @register
