@@ -92,7 +92,8 @@ def to_dropit(
     bits are then chosen so that it fits and the gradients err least, together and each layer's relative to itself;
     ``gamma`` and ``compress`` are not asked. 16 steps and one for each group of layers that quantizes are taken to
     measure that, with ``loss_fn`` of the output (if None the mean of its squares, or a Hugging Face output's own loss);
-    once one does not fit into the GPU's memory, what they save waits in the host's. The model's state stays as it was.
+    once one does not fit into the GPU's memory, what they save waits in the host's. They run in training mode; the
+    model's state stays as it was, and hooks on parameters are not called.
     example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
     on_step: called after each of these steps with its number and how many there are, to show progress.
 
@@ -250,7 +251,7 @@ def _value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _warn_if_nothing_shrinks(packer: Packer, model: nn.Module) -> None:
-    itemsize = min((parameter.element_size() for parameter in model.parameters()), default=4)
+    itemsize = min((parameter.dtype.itemsize for parameter in model.parameters()), default=4)
     break_even = 1 / (8 * itemsize)  # a bit of position for each element, against itemsize bytes
     gamma = packer.strategy.gamma
     if isinstance(packer.strategy, ElementStrategy) and packer.value_dtype is None and 0 < gamma <= break_even:

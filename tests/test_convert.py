@@ -1,5 +1,6 @@
 import copy
 import functools
+import io
 import pickle
 import threading
 import types
@@ -730,3 +731,97 @@ def test_a_convolution_whose_inner_forward_is_replaced_pads_as_it_says(first):
     assert torch.equal(layer(x), expected)
     assert dropit.coverage(model)[0].status == "not converted: its forward was replaced on the module itself"
     assert type(dropit.from_dropit(model)[0]) is nn.Conv2d
+
+
+def deep_net():
+    """A layer of each kind, and a parameter that they read."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(4, 64))
+            self.linear, self.norm, self.curve, self.relu = nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.ReLU()
+            self.attention, self.conv = nn.MultiheadAttention(64, 4), nn.Conv1d(64, 64, 1)
+
+        def forward(self, x):
+            q = self.queries
+            read = self.linear(q) + self.norm(q) + self.curve(q) + self.relu(q) + self.attention(q, q, q)[0]
+            return self.conv((x[:, None] + read).mT)
+
+    return Net()
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_parameters_can_be_swapped_after_a_step(compress):
+    """Which one that is known by a weak reference cannot be."""
+    model, x = dropit.to_dropit(deep_net(), compress=compress), torch.randn(2, 64)
+    model(x).sum().backward()
+    model.zero_grad()
+    model.to(torch.float64)(x.double()).sum().backward()
+    model.zero_grad()
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.ones_like(parameter)))
+    assert model.conv.weight.sum() == 64 * 64
+    model(x.double()).sum().backward()
+
+
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_a_whole_model_can_be_saved(compress):
+    model, x, file = dropit.to_dropit(small_net(), compress=compress), torch.randn(2, 3, 8, 8), io.BytesIO()
+    model(x).sum().backward()
+    torch.save(model, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert repr(other) == repr(model)
+    assert held(other, x) == held(model, x)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_replica_is_converted():
+    layer = dropit.to_dropit(nn.Linear(64, 8))
+    replica = layer._replicate_for_data_parallel()  # as DataParallel makes them
+    replica.weight, replica.bias = layer.weight * 1, layer.bias * 1
+    x = torch.randn(20, 64)
+    assert held(replica, x) == held(layer, x)
+    replica(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_lazy_layers_wait_for_another_time():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8)), torch.randn(4, 8)
+    assert dropit.coverage(dropit.to_dropit(model)).converted == 1
+    model(x)
+    assert dropit.coverage(dropit.to_dropit(model)).converted == 2
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyBatchNorm1d())
+    assert dropit.coverage(dropit.to_dropit(model, budget="1 GiB", example_input=x)).converted == 1
+
+
+@pytest.mark.parametrize("order", ["convert shard", "shard convert"])
+def test_sharding_and_converting_go_in_any_order(order, tmp_path):
+    """It lays a class over the module's, too."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        layer, x = nn.Linear(64, 8), torch.randn(40, 64)
+        for step in order.split():
+            if step == "convert":
+                dropit.to_dropit(layer, gamma=0.9)
+            else:
+                fsdp.fully_shard(layer, mesh=mesh)
+        assert [(row.type, row.status) for row in dropit.coverage(layer)] == [("Linear", "converted")]
+        layer(x).sum().backward()
+        dropit.from_dropit(layer)
+        assert isinstance(layer, fsdp.FSDPModule)
+        assert type(layer).__name__ == "FSDPLinear"
+        layer(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
