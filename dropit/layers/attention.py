@@ -57,8 +57,8 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         weights_out = None
         form = Form(self.dropout, hint)
         weight, bias = self.out_proj.weight, self.out_proj.bias
-        if self.packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
-            output = dropit_attention(q, k, v, weight, bias, mask, form, self.packer)
+        if self._dropit_packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
+            output = dropit_attention(q, k, v, weight, bias, mask, form, self._dropit_packer)
         else:
             attend = self._attend_with_weights if need_weights else self._attend
             context, weights_out, held = attend(q, k, v, mask, hint)
@@ -82,7 +82,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         return any(weight is not None and weight.requires_grad for weight in (*weights, self.out_proj.weight))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, role: str) -> Tensor:
-        return dropit_linear(input, weight, bias, self.packer, batch_dim=1, role=role)
+        return dropit_linear(input, weight, bias, self._dropit_packer, batch_dim=1, role=role)
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""

@@ -85,12 +85,13 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not self.saves(input=input):
+        # Which may be replaced on the module, to pad in another way.
+        if not self.saves(input=input) or "_conv_forward" in self.__dict__:
             return super().forward(input)  # type: ignore[misc, no-any-return]
         padded, padding = self._pad(input)
         none = (0,) * len(self.stride)
         geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
-        return dropit_conv(padded, self.weight, self.bias, geometry, self.packer)
+        return dropit_conv(padded, self.weight, self.bias, geometry, self._dropit_packer)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same')."""
@@ -120,7 +121,7 @@ class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
             list(self.dilation),
         )
         geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)  # type: ignore[arg-type]
-        return dropit_conv(input, self.weight, self.bias, geometry, self.packer)
+        return dropit_conv(input, self.weight, self.bias, geometry, self._dropit_packer)
 
 
 @register

@@ -23,7 +23,7 @@ class DropITConv1D(PackedInputLayer, Conv1D):
         """x: (..., nx). Returns (..., nf)."""
         if not self.packs(self.weight):
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_linear(x, self.weight.t(), self.bias, self.packer)
+        return dropit_linear(x, self.weight.t(), self.bias, self._dropit_packer)
 
 
 @register

@@ -94,4 +94,4 @@ class DropITLinear(PackedInputLayer, nn.Linear):
         if not self.saves(input=input):
             return super().forward(input)
         # Each is read once: a parametrization computes it, and may go on with each reading.
-        return dropit_linear(input, self.weight, self.bias, self.packer)
+        return dropit_linear(input, self.weight, self.bias, self._dropit_packer)

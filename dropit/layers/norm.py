@@ -132,7 +132,7 @@ class _DropITBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
         if not self.packs(input) or input.numel() == input.shape[1]:  # one value a channel is PyTorch's error
             return self.passes_on(super().forward(input))
         self._check_input_dim(input)
-        return dropit_batch_norm(input, self, self.packer)
+        return dropit_batch_norm(input, self, self._dropit_packer)
 
 
 def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, packer: Packer) -> Tensor:
@@ -184,7 +184,7 @@ class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
         """input: (..., *normalized_shape)."""
         if not self.packs(input):
             return self.passes_on(super().forward(input))
-        return dropit_layer_norm(input, self, self.packer)
+        return dropit_layer_norm(input, self, self._dropit_packer)
 
 
 def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -221,7 +221,9 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
             groups = x.reshape(samples, self.num_groups, -1)
             normalized = ((groups - mean.unsqueeze(2)) * rstd.unsqueeze(2)).view(x.shape).to(x.dtype)
         by_channel = (-1, *[1] * (x.dim() - 2))
-        return _in_graph(DropITGroupNormFunction, (x, w, b, output, rstd), (), normalized, self.packer, by_channel)
+        return _in_graph(
+            DropITGroupNormFunction, (x, w, b, output, rstd), (), normalized, self._dropit_packer, by_channel
+        )
 
 
 @register
@@ -243,7 +245,7 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
             rstd = (wide.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
             normalized = (wide * rstd).to(x.dtype)
         shape = tuple(self.normalized_shape)
-        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), shape, normalized, self.packer)
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), shape, normalized, self._dropit_packer)
 
 
 def _in_graph(

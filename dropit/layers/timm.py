@@ -28,7 +28,7 @@ class DropITLayerNorm(QuantizedLayer, LayerNorm):
         """x: (..., C)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm(x, self, self.packer)
+        return dropit_layer_norm(x, self, self._dropit_packer)
 
 
 @register
@@ -41,7 +41,7 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
         """x: (N, C, H, W)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm_2d(x, self, self.packer)
+        return dropit_layer_norm_2d(x, self, self._dropit_packer)
 
 
 @register
@@ -54,7 +54,7 @@ class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
         """x: (N, C, H, W)."""
         if not self.packs(x) or x.numel() == x.shape[1]:
             return super().forward(x)  # type: ignore[no-any-return]
-        return self.act(self.drop(dropit_batch_norm(x, self, self.packer)))  # type: ignore[no-any-return]
+        return self.act(self.drop(dropit_batch_norm(x, self, self._dropit_packer)))  # type: ignore[no-any-return]
 
 
 @register
@@ -70,7 +70,7 @@ class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
         rows, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
         weight = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps)
         geometry = Geometry(self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
-        return dropit_conv(x, weight.reshape_as(self.weight), self.bias, geometry, self.packer)
+        return dropit_conv(x, weight.reshape_as(self.weight), self.bias, geometry, self._dropit_packer)
 
 
 @register
