@@ -201,6 +201,13 @@ def placeholder(ctx: Any, like: Tensor) -> Tensor:
     return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=ctx.memory_format)
 
 
+def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``x`` laid out in that format, and so that operators take it for such, whatever dimensions are of size one."""
+    if x.is_contiguous(memory_format=memory_format) and suggest_memory_format(x) == memory_format:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(x)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast would make of the arguments of a Linear or Conv, done where autograd still sees it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
