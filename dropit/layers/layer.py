@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 
 from dropit import ops
@@ -220,14 +221,19 @@ def no_view(output: Tensor) -> Tensor:
 
 def save_form(ctx: Any, input: Tensor) -> None:
     """Remember the shape and the layout of ``input``, and none of its elements."""
-    ctx.input_shape = input.shape
-    ctx.channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    ctx.input_shape, ctx.memory_format = input.shape, suggest_memory_format(input)
 
 
 def placeholder(ctx: Any, like: Tensor) -> Tensor:
     """A tensor of the form that :func:`save_form` saw, for operators that look at no more; dtype as ``like``."""
-    layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-    return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=ctx.memory_format)
+
+
+def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``x`` laid out in that format, and so that operators take it for such, whatever dimensions are of size one."""
+    if x.is_contiguous(memory_format=memory_format) and suggest_memory_format(x) == memory_format:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(x)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dropit.layers.activation import DropITActivation
 from dropit.layers.conv import Geometry, dropit_conv
 from dropit.layers.layer import PackedInputLayer, QuantizedLayer
-from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm, dropit_layer_norm_2d
+from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm, dropit_layer_norm_2d, has_batches
 from dropit.layers.table import register
 
 
@@ -52,7 +52,7 @@ class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W)."""
-        if not self.packs(x) or x.numel() == x.shape[1]:
+        if not self.packs(x) or not has_batches(x):
             return super().forward(x)  # type: ignore[no-any-return]
         return self.act(self.drop(dropit_batch_norm(x, self, self._dropit_packer)))  # type: ignore[no-any-return]
 
