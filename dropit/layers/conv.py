@@ -14,7 +14,9 @@ from dropit.layers.layer import PackedInputLayer, autocast, first_order_only, pl
 from dropit.layers.table import register
 from dropit.packer import Packer
 
-_PLAIN_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}  # by the weight's dimensions
+# By the weight's dimensions.
+_PLAIN = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_PLAIN_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 class Geometry(NamedTuple):
@@ -94,8 +96,18 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
         return DropITConvFunction.apply(x, w, b, geometry, None)  # type: ignore[no-any-return]
     stored = packer.store(x, input, channel_dim=1)
     if stored is None:
-        return torch.convolution(x, w, b, *geometry)
+        return _plain_conv(input, weight, bias, geometry)
     return DropITConvFunction.apply(x, w, b, geometry, *stored.arguments)  # type: ignore[no-any-return]
+
+
+def _plain_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """By the function that the plain layer calls, so that autocast and autograd see no difference."""
+    stride, padding, dilation, transposed, extra, groups = geometry
+    if transposed:
+        plain: Any = _PLAIN_TRANSPOSE[weight.dim()]
+        return plain(input, weight, bias, stride, padding, extra, groups, dilation)  # type: ignore[no-any-return]
+    plain = _PLAIN[weight.dim()]
+    return plain(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
 
 
 def is_usual(input: Tensor, weight: Tensor) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 
 from dropit import ops
@@ -229,8 +228,23 @@ def placeholder(ctx: Any, like: Tensor) -> Tensor:
     return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=ctx.memory_format)
 
 
+def suggest_memory_format(x: Tensor) -> torch.memory_format:
+    """The format that PyTorch's operators take ``x`` to be in, told by its strides, with gaps or without."""
+    order = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}.get(x.dim())  # of channels_last, innermost first
+    if order is None or 0 in x.shape or x.stride(1) == 0:
+        return torch.contiguous_format
+    least = 0
+    for dim in order:
+        if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = x.stride(dim) * x.shape[dim]
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
 def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     """``x`` laid out in that format, and so that operators take it for such, whatever dimensions are of size one."""
+    if is_traced():
+        return x.contiguous(memory_format=memory_format)
     if x.is_contiguous(memory_format=memory_format) and suggest_memory_format(x) == memory_format:
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(x)

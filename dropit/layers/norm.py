@@ -13,10 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._prims_common import suggest_memory_format
 from torch.autograd import Function
 
-from dropit.layers.layer import QuantizedLayer, anchor, first_order_only, in_format
+from dropit.layers.layer import QuantizedLayer, anchor, first_order_only, in_format, suggest_memory_format
 from dropit.layers.table import register
 from dropit.packer import Packer
 from dropit.stored import Stored, offer
@@ -26,11 +25,17 @@ _aten = torch.ops.aten
 
 
 class Form(NamedTuple):
-    """What else a backward pass is told."""
+    """What else a backward pass is told.
+
+    ``saves_weight``, ``saves_bias``: whether PyTorch saves it, so that to change it before the backward pass is an
+    error; to change one that is not saved is none.
+    """
 
     shape: tuple[int, ...] = ()  # that is normalized over, where it is by sample
     statistics: torch.dtype = torch.float32  # of the mean and 1 / deviation that PyTorch's operator takes
     memory_format: torch.memory_format = torch.contiguous_format
+    saves_weight: bool = True
+    saves_bias: bool = False
 
 
 class _NormFunction(Function):
@@ -44,8 +49,6 @@ class _NormFunction(Function):
         output: Tensor,
         rstd: Tensor,
         form: Form,
-        saved_weight: Tensor | None,
-        saved_bias: Tensor | None,
         anchor: Tensor | None,
         restore: Callable[..., Tensor],
         *stored: Tensor | None,
@@ -56,8 +59,9 @@ class _NormFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save weight and bias where PyTorch does, 1 / deviation and what is stored of the normalized input."""
-        _, _, _, computed, rstd, ctx.form, weight, bias, anchor, ctx.restore, *stored = inputs
+        _, weight, bias, computed, rstd, ctx.form, anchor, ctx.restore, *stored = inputs
         ctx.mark_dirty(computed)
+        weight, bias = weight if ctx.form.saves_weight else None, bias if ctx.form.saves_bias else None
         ctx.save_for_backward(weight, bias, anchor, rstd, *stored)
 
     @staticmethod
@@ -70,7 +74,7 @@ class _NormFunction(Function):
     def gradients(anchor: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The three gradients, not to be differentiated again, and none for the rest."""
         once = [None if grad is None else first_order_only(grad, anchor) for grad in grads]
-        return *once, *[None] * 10
+        return *once, *[None] * 8
 
 
 class DropITBatchNormFunction(_NormFunction):
@@ -205,7 +209,7 @@ def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, pac
         shift = -_wide(mean) * scale
         normalized = torch.addcmul(shift.view(by_channel), x, scale.view(by_channel))
     tensors = (input, weight, bias, output, rstd)
-    return _in_graph(DropITBatchNormFunction, tensors, Form(), (weight, None), normalized, packer, by_channel)
+    return _in_graph(DropITBatchNormFunction, tensors, Form(), normalized, packer, by_channel)
 
 
 @register
@@ -248,12 +252,12 @@ def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Ten
     shape = layer.normalized_shape
     with torch.no_grad():
         output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
-        form = Form(tuple(shape), mean.dtype)
+        form = Form(tuple(shape), mean.dtype, saves_bias=True)
         if mean.dtype.itemsize < 4:  # in half precision on the CPU it computes with better ones than it returns
             normalized, _, rstd = torch.native_layer_norm(_wide(x), shape, None, None, layer.eps)
         else:
             normalized = (x - mean).mul_(rstd)
-    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, (w, b), normalized, packer)
+    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, normalized, packer)
 
 
 def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -284,7 +288,7 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
                 normalized = (dense - _by_channel(mean, dense)).mul_(_by_channel(rstd, dense))
         by_channel = (-1, *[1] * (x.dim() - 2))
         tensors = (x, w, b, output, rstd)
-        return _in_graph(DropITGroupNormFunction, tensors, form, (w, None), normalized, self._dropit_packer, by_channel)
+        return _in_graph(DropITGroupNormFunction, tensors, form, normalized, self._dropit_packer, by_channel)
 
 
 @register
@@ -305,11 +309,8 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
             eps = _DEFAULT_EPS[x.dtype] if self.eps is None else self.eps
             rstd = (wide.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
             normalized = wide * rstd
-        form = Form(tuple(self.normalized_shape))
-        saved = (w if x.requires_grad else None, None)
-        return _in_graph(
-            DropITRMSNormFunction, (x, w, None, output, rstd), form, saved, normalized, self._dropit_packer
-        )
+        form = Form(tuple(self.normalized_shape), saves_weight=x.requires_grad)
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, normalized, self._dropit_packer)
 
 
 def _default_eps(dtype: torch.dtype) -> float:
@@ -327,19 +328,16 @@ def _in_graph(
     function: type[_NormFunction],
     tensors: tuple[Any, ...],
     form: Form,
-    saved: tuple[Tensor | None, Tensor | None],
     normalized: Tensor,
     packer: Packer,
     by_channel: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``function`` of (input, weight, bias, output, 1 / deviation), and its output on offer to who reads it.
 
-    ``saved``: the weight and the bias, where PyTorch saves them: it is an error to change these before the backward
-    pass, and none to change others. ``by_channel``: the weight's shape that broadcasts to the input, where it does not
-    by itself.
+    ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
     stored = _store(normalized, tensors[0], packer)
-    output = function.apply(*tensors, form, *saved, anchor(tensors[0]), *stored.arguments)
+    output = function.apply(*tensors, form, anchor(tensors[0]), *stored.arguments)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
