@@ -107,7 +107,7 @@ class Builder:
         try:
             with torch.no_grad():
                 example = function(*examples)
-        except (RuntimeError, ValueError, IndexError):
+        except (RuntimeError, ValueError, IndexError, AssertionError):
             return False
         empty = 0 in example.shape and 0 not in self.values[0].example.shape
         if empty or not 2 <= example.dim() <= 5 or example.numel() > LARGEST:
