@@ -89,7 +89,9 @@ class DropITAttentionFunction(Function):
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` and ``random`` as above."""
-        return no_view(F.linear(_side_by_side(form.attend(q, k, v, mask)), weight, bias))
+        context = _side_by_side(form.attend(q, k, v, mask))
+        rows = F.linear(as_rows(context), weight, bias)  # by rows, as PyTorch has it
+        return no_view(rows.view(*context.shape[:-1], rows.shape[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
