@@ -64,6 +64,9 @@ def check_coverage(model, meter, calls, nodes):
     attentions = sum(isinstance(layer, nn.MultiheadAttention) for layer in packing.values())
     others = [fqn for fqn in calls if not isinstance(packing[fqn], nn.MultiheadAttention)]
     expected = sum(calls[fqn] for fqn in others if packing[fqn].weight.grad is not None)
+    if all(layer.strategy.gamma == 0 for layer in packing.values()):
+        assert nodes == 0  # what is stored as it is, is left to PyTorch
+        return
     assert expected + attentions <= nodes <= expected + 2 * attentions
 
 
@@ -78,11 +81,7 @@ def test_it_trains_a_step_and_holds_no_more_than_plain(make):
     dropit.to_dropit(model, gamma=0.0)
     same_loss, _, grads = step(model, loss_of)
     assert torch.equal(same_loss, loss)
-    for name, grad in plain_grads.items():
-        if grad is None:
-            assert grads[name] is None
-        else:
-            torch.testing.assert_close(grads[name], grad, rtol=1e-6, atol=1e-6 * grad.abs().max().item(), msg=name)
+    assert not [name for name, grad in plain_grads.items() if not equal(grads[name], grad)]
 
     dropit.to_dropit(model, gamma=0.9)
     loss, ours, grads = step(model, loss_of)
@@ -101,7 +100,11 @@ def test_it_trains_a_step_and_holds_no_more_than_plain(make):
     assert torch.equal(again, loss)
     assert restored == plain_bytes
     assert list(model.state_dict()) == keys
-    assert not [name for name, grad in plain_grads.items() if grad is not None and not torch.equal(grad, grads[name])]
+    assert not [name for name, grad in plain_grads.items() if not equal(grads[name], grad)]
+
+
+def equal(ours, theirs):
+    return ours is None if theirs is None else torch.equal(ours, theirs)
 
 
 def small_resnet():

@@ -97,7 +97,7 @@ class DropITActivation(QuantizedLayer):
             return super().forward(input)  # type: ignore[no-any-return, misc]
         if not self.packs(input) or _is_part(input):
             return self.passes_on(super().forward(input))  # type: ignore[misc]
-        return dropit_activation(input, self.curve, self.packer, inplace=self.inplace)
+        return dropit_activation(input, self.curve, self._dropit_packer, inplace=self.inplace)
 
 
 def _is_part(input: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dropit.layers.layer import PackedInputLayer
-from dropit.layers.linear import dropit_linear
+from dropit.layers.linear import as_rows, dropit_linear
 from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_attention
 from dropit.layers.table import register
 
@@ -57,14 +57,12 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         weights_out = None
         form = Form(self.dropout, hint)
         weight, bias = self.out_proj.weight, self.out_proj.bias
-        if self.packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
-            output = dropit_attention(q, k, v, weight, bias, mask, form, self.packer)
+        if self._dropit_packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
+            output = dropit_attention(q, k, v, weight, bias, mask, form, self._dropit_packer)
         else:
             attend = self._attend_with_weights if need_weights else self._attend
             context, weights_out, held = attend(q, k, v, mask, hint)
-            context = context.reshape(length, samples, self.embed_dim)
-            # Attention holds its output for itself: a packed copy on top would free nothing.
-            output = F.linear(context, weight, bias) if held else self._linear(context, weight, bias, "context")
+            output = self._project(context.reshape(length, samples, self.embed_dim), weight, bias, held)
         if weights_out is not None and average_attn_weights:
             weights_out = weights_out.mean(dim=1)
         if not batched:
@@ -81,8 +79,16 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return any(weight is not None and weight.requires_grad for weight in (*weights, self.out_proj.weight))
 
+    def _project(self, context: Tensor, weight: Tensor, bias: Tensor | None, held: bool) -> Tensor:
+        """Attention's output (L, N, E), by rows, as PyTorch has it."""
+        if held:  # by attention for itself: a packed copy on top would free nothing
+            rows = F.linear(as_rows(context), weight, bias)
+        else:
+            rows = dropit_linear(context, weight, bias, self._dropit_packer, batch_dim=1, role="context", flat=True)
+        return rows.view(*context.shape[:-1], rows.shape[-1])
+
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, role: str) -> Tensor:
-        return dropit_linear(input, weight, bias, self.packer, batch_dim=1, role=role)
+        return dropit_linear(input, weight, bias, self._dropit_packer, batch_dim=1, role=role)
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""
@@ -112,8 +118,8 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         """Keys and values with those that bias_k, bias_v and add_zero_attn put at the end, which no mask hides."""
         samples = k.shape[1]
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).repeat(1, samples, 1)])
-            v = torch.cat([v, self.bias_v.to(v.dtype).repeat(1, samples, 1)])
+            k = torch.cat([k, self.bias_k.repeat(1, samples, 1)])
+            v = torch.cat([v, self.bias_v.repeat(1, samples, 1)])
             mask = None if mask is None else F.pad(mask, (0, 1))
         if self.add_zero_attn:
             zeros = k.new_zeros(1, samples, self.embed_dim)

@@ -14,7 +14,9 @@ from dropit.layers.layer import PackedInputLayer, autocast, each, first_order_on
 from dropit.layers.table import register
 from dropit.packer import Packer
 
-_PLAIN_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}  # by the weight's dimensions
+# By the weight's dimensions.
+_PLAIN = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_PLAIN_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 class Geometry(NamedTuple):
@@ -88,8 +90,18 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
         return DropITConvFunction.apply(x, w, b, geometry, None)  # type: ignore[no-any-return]
     stored = packer.store(x, input, channel_dim=1)
     if stored is None:
-        return torch.convolution(x, w, b, *geometry)
+        return _plain_conv(input, weight, bias, geometry)
     return DropITConvFunction.apply(x, w, b, geometry, *stored.arguments)  # type: ignore[no-any-return]
+
+
+def _plain_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """By the function that the plain layer calls, so that autocast and autograd see no difference."""
+    stride, padding, dilation, transposed, extra, groups = geometry
+    if transposed:
+        plain: Any = _PLAIN_TRANSPOSE[weight.dim()]
+        return plain(input, weight, bias, stride, padding, extra, groups, dilation)  # type: ignore[no-any-return]
+    plain = _PLAIN[weight.dim()]
+    return plain(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
 
 
 def is_usual(input: Tensor, weight: Tensor) -> bool:
@@ -102,12 +114,12 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
         # Each is read once: a parametrization computes it, and may go on with each reading.
         weight, bias = self.weight, self.bias
-        if not self.saves(input=input) or not is_usual(input, weight):
-            return self._conv_forward(input, weight, bias)
+        if not self.saves(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
+            return self._conv_forward(input, weight, bias)  # which may be replaced on the module, to pad in another way
         if self.padding == "same" and any(step != 1 for step in each(self.stride, 1)):
             return self._conv_forward(input, weight, bias)  # PyTorch's error
         padded, padding = self._pad(input, weight)
-        return dropit_conv(padded, weight, bias, Geometry.of(self, weight, padding), self.packer)
+        return dropit_conv(padded, weight, bias, Geometry.of(self, weight, padding), self._dropit_packer)
 
     def _pad(self, input: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
         """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same').
@@ -141,7 +153,7 @@ class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
         if not is_usual(input, weight):
             plain: Any = _PLAIN_TRANSPOSE[weight.dim()]
             return plain(input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)  # type: ignore[no-any-return]
-        return dropit_conv(input, weight, bias, Geometry.of(self, weight, self.padding, extra), self.packer)
+        return dropit_conv(input, weight, bias, Geometry.of(self, weight, self.padding, extra), self._dropit_packer)
 
 
 @register

@@ -32,7 +32,7 @@ class DropITFunctionalAttention(QuantizedLayer, nn.Module):
         others = [module for module in self.modules() if _is_plain(module)]
         if others and torch.compiler.is_compiling():  # which has no place for hooks
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with _Quantizing(self.packer) as mode:
+        with _Quantizing(self._dropit_packer) as mode:
             if not others:
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
             with _suspended_in(others, mode):

@@ -23,7 +23,7 @@ class DropITConv1D(PackedInputLayer, Conv1D):
         """x: (..., nx). Returns (..., nf)."""
         if not self.saves(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_linear(x, self.weight.t(), self.bias, self.packer)  # each is read once
+        return dropit_linear(x, self.weight.t(), self.bias, self._dropit_packer)  # each is read once
 
 
 @register

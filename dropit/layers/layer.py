@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,10 +15,30 @@ from dropit import ops
 from dropit.packed import flatten, is_dense_in_memory, memory_order, unflatten
 from dropit.packer import Packer
 from dropit.stored import offer, offered
-from dropit.strategies import Strategy
 from dropit.tracing import is_mapped, is_traced
 
 Output = TypeVar("Output")
+
+
+class _Readable:
+    """An attribute that shows part of a layer's packer, and hides nothing that the module has by the same name itself.
+
+    What is in the module's ``__dict__`` is found before it, as it cannot be set; what ``__getattr__`` gives, which are
+    parameters, buffers and submodules, is asked for first.
+    """
+
+    def __init__(self, read: Callable[[Packer], Any]) -> None:
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: DropITLayer | None, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        with suppress(AttributeError):
+            return layer.__getattr__(self._name)
+        return self._read(layer._dropit_packer)
 
 
 class DropITLayer(nn.Module):
@@ -27,45 +48,50 @@ class DropITLayer(nn.Module):
     """
 
     plain: ClassVar[type[nn.Module]]
+    _dropit_packer: Packer
+    _dropit_off = False  # whether it computes as the plain layer does, where its class has to stay
 
     def saves(self, **inputs: Tensor) -> bool:
         """Whether a forward pass now saves anything for backward: in training, with gradients on."""
-        return self.training and torch.is_grad_enabled()
+        return self.training and torch.is_grad_enabled() and not self._dropit_off
+
+
+def is_converted(module: nn.Module) -> bool:
+    """Whether it is one of DropIT's layers, and works as one."""
+    return isinstance(module, DropITLayer) and not module._dropit_off
 
 
 class _PackerLayer(DropITLayer):
     """A layer that is told by a packer how to store what it keeps."""
 
-    packer: Packer
+    packer = _Readable(lambda packer: packer)
 
     def saves(self, **inputs: Tensor) -> bool:
         """Whether a forward pass now saves anything for backward. ``inputs``: by role, those that it may store."""
-        if self.training and not torch.is_grad_enabled():
-            self.packer.skip(inputs)
+        if self.training and not torch.is_grad_enabled() and not self._dropit_off:
+            self._dropit_packer.skip(inputs)
         return super().saves()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Beside the keys, where modules note their version.
-        if hasattr(destination, "_metadata"):
-            notes = {"dropit": repr(self.packer), "dropit_drawn": self.packer.drawn()}
+        if hasattr(destination, "_metadata") and not self._dropit_off:
+            notes = {"dropit": repr(self._dropit_packer), "dropit_drawn": self._dropit_packer.drawn()}
             destination._metadata[prefix[:-1]].update(notes)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        saved, now = local_metadata.get("dropit"), repr(self.packer)
-        if saved is not None and saved != now:
-            warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
-        self.packer.draw_on(*local_metadata.get("dropit_drawn", ({}, 0)))
+        if not self._dropit_off:
+            saved, now = local_metadata.get("dropit"), repr(self._dropit_packer)
+            if saved is not None and saved != now:
+                warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
+            self._dropit_packer.draw_on(*local_metadata.get("dropit_drawn", ({}, 0)))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
 class PackedInputLayer(_PackerLayer):
     """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
 
-    @property
-    def strategy(self) -> Strategy:
-        """What of the input is kept."""
-        return self.packer.strategy
+    strategy = _Readable(lambda packer: packer.strategy)
 
     def packs(self, weight: Tensor) -> bool:
         """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
@@ -73,7 +99,8 @@ class PackedInputLayer(_PackerLayer):
 
     def extra_repr(self) -> str:
         """The plain layer's, and the strategy."""
-        return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.packer}"]))
+        now = "" if self._dropit_off else f"strategy={self._dropit_packer}"
+        return ", ".join(filter(None, [super().extra_repr(), now]))
 
 
 class QuantizedLayer(_PackerLayer):
@@ -88,13 +115,14 @@ class QuantizedLayer(_PackerLayer):
 
     def passes_on(self, output: Tensor) -> Tensor:
         """``output``, on offer as it would be if gradients were on, where they are off in training."""
-        if self.training and not torch.is_grad_enabled():
-            offer(output, self.packer.offer(None))
+        if self.training and not torch.is_grad_enabled() and not self._dropit_off:
+            offer(output, self._dropit_packer.offer(None))
         return output
 
     def extra_repr(self) -> str:
         """The plain layer's, and the number of bits."""
-        return ", ".join(filter(None, [super().extra_repr(), f"bits={self.packer.bits}"]))
+        now = "" if self._dropit_off else f"bits={self._dropit_packer.bits}"
+        return ", ".join(filter(None, [super().extra_repr(), now]))
 
 
 class LosslessLayer(DropITLayer):

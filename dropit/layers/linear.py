@@ -69,17 +69,21 @@ def dropit_linear(
     *,
     batch_dim: int = 0,
     role: str = "input",
+    flat: bool = False,
 ) -> Tensor:
     """``F.linear`` that keeps for backward only what ``packer`` stores of ``input`` (..., in).
 
     What is stored as it is, or not at all, is left to PyTorch. ``role`` tells a layer's inputs apart if it has several.
+    ``flat``: compute and return (samples, out), which is another order of sums.
     """
+    plain = as_rows(input) if flat else input
     if not weight.requires_grad or not input.is_floating_point():
-        return F.linear(input, weight, bias)
+        return F.linear(plain, weight, bias)
     x, w, b = autocast(input, weight, bias)
     stored = packer.store(x, input, batch_dim=batch_dim, role=role)
     if stored is None:
-        return F.linear(input, weight, bias)
+        return F.linear(plain, weight, bias)
+    x = as_rows(x) if flat else x
     return DropITLinearFunction.apply(x, w, b, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
 
 
@@ -94,4 +98,4 @@ class DropITLinear(PackedInputLayer, nn.Linear):
         if not self.saves(input=input):
             return super().forward(input)
         # Each is read once: a parametrization computes it, and may go on with each reading.
-        return dropit_linear(input, self.weight, self.bias, self.packer)
+        return dropit_linear(input, self.weight, self.bias, self._dropit_packer)

@@ -181,7 +181,7 @@ class _DropITBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
         if not self.packs(input) or not has_batches(input):
             return self.passes_on(super().forward(input))
         self._check_input_dim(input)
-        return dropit_batch_norm(input, self, self.packer)
+        return dropit_batch_norm(input, self, self._dropit_packer)
 
 
 def has_batches(input: Tensor) -> bool:
@@ -243,7 +243,7 @@ class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
         """input: (..., *normalized_shape)."""
         if not self.packs(input):
             return self.passes_on(super().forward(input))
-        return dropit_layer_norm(input, self, self.packer)
+        return dropit_layer_norm(input, self, self._dropit_packer)
 
 
 def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -288,7 +288,7 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
                 normalized = (dense - _by_channel(mean, dense)).mul_(_by_channel(rstd, dense))
         by_channel = (-1, *[1] * (x.dim() - 2))
         tensors = (x, w, b, output, rstd)
-        return _in_graph(DropITGroupNormFunction, tensors, form, normalized, self.packer, by_channel)
+        return _in_graph(DropITGroupNormFunction, tensors, form, normalized, self._dropit_packer, by_channel)
 
 
 @register
@@ -310,7 +310,7 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
             rstd = (wide.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
             normalized = wide * rstd
         form = Form(tuple(self.normalized_shape), saves_weight=x.requires_grad)
-        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, normalized, self.packer)
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, normalized, self._dropit_packer)
 
 
 def _default_eps(dtype: torch.dtype) -> float:

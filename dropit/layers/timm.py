@@ -28,7 +28,7 @@ class DropITLayerNorm(QuantizedLayer, LayerNorm):
         """x: (..., C)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm(x, self, self.packer)
+        return dropit_layer_norm(x, self, self._dropit_packer)
 
 
 @register
@@ -41,7 +41,7 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
         """x: (N, C, H, W)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm_2d(x, self, self.packer)
+        return dropit_layer_norm_2d(x, self, self._dropit_packer)
 
 
 @register
@@ -54,7 +54,7 @@ class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
         """x: (N, C, H, W)."""
         if not self.packs(x) or x.dim() != 4 or not has_batches(x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return self.act(self.drop(dropit_batch_norm(x, self, self.packer)))  # type: ignore[no-any-return]
+        return self.act(self.drop(dropit_batch_norm(x, self, self._dropit_packer)))  # type: ignore[no-any-return]
 
 
 @register
@@ -74,7 +74,7 @@ class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
         weight, bias = weight.reshape_as(self.weight), self.bias
         if isinstance(self.padding, str) or not is_usual(x, weight):
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-        return dropit_conv(x, weight, bias, Geometry.of(self, weight, self.padding), self.packer)
+        return dropit_conv(x, weight, bias, Geometry.of(self, weight, self.padding), self._dropit_packer)
 
 
 @register

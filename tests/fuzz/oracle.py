@@ -1,0 +1,208 @@
+"""Judges a seed: the plain network is trained, and copies that are converted; all are to come to the same.
+
+- Where plain raises nothing, the others raise nothing: the same outputs, buffers and random numbers afterwards, bit for
+  bit; the same gradients bit for bit where nothing is dropped or quantized, and within a tolerance with 16 bits.
+- Where plain raises, the others raise, or give the gradients of the time of the forward pass, which plain gives if it
+  saves copies: what is stored as a copy cannot be overwritten, but nothing else may come of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from random import Random
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+import dropit
+from tests.fuzz.modules import Within
+from tests.fuzz.training import Case, Record, random_case, train
+
+ROUNDING = 1e-5  # of other kernels on copies; of sums in another order
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is wrong with a seed, in one line."""
+
+    seed: int
+    mode: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, {self.mode}: {self.reason}"
+
+
+def judge(seed: int) -> list[Failure]:
+    """Train the case of ``seed`` in all ways, and say what differs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        case = random_case(seed)
+        if case.plan.outer and train(_without_outer_hooks(case)).error:
+            return []  # such hooks keep a change from being noticed, and what plain then computes is no measure
+        plain = _Plain(case)
+        modes = {"lossless": _lossless, "int16": _int16, "dropped": _dropped}
+        reasons = {mode: compare(plain) for mode, compare in modes.items()}
+    return [Failure(seed, mode, reason) for mode, reason in reasons.items() if reason]
+
+
+class _Plain:
+    """A case, what plain training makes of it, and how much that depends on rounding."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.record = train(copy.deepcopy(case))
+        # What the others are to come to, if they raise nothing.
+        self.expected = self.record if not self.record.error else _train_on_copies(case)
+
+    def sensitivity(self, size: float) -> dict[str, float]:
+        """How far each gradient moves, relatively, when inputs and parameters are off by ``size``."""
+        tries = [_train_on_copies(_perturbed(self.case, size, number)) for number in range(3)]
+        apart = [distances(record.gradients, self.expected.gradients) for record in tries]
+        return {name: max(each.get(name, 0.0) for each in apart) for name in apart[0]}
+
+
+def _lossless(plain: _Plain) -> str:
+    record = train(_converted(plain.case, gamma=0.0, compress="lossless"))
+    return _compared(plain, record) or _gradients_differ(plain, record, 0.0 if not plain.record.error else ROUNDING)
+
+
+def _int16(plain: _Plain) -> str:
+    record = train(_converted(plain.case, gamma=0.0, compress="int16"))
+    return _compared(plain, record) or _gradients_differ(plain, record, _tolerance(plain.case))
+
+
+def _dropped(plain: _Plain) -> str:
+    rng = Random(plain.case.plan.seed)
+    strategy = rng.choice(["fastmink", "fastmink", *dropit.STRATEGIES])
+    options = {"compress": rng.choice(["int8", "int8", "int4"]), "value_dtype": rng.choice([None, "bf16", "int8"])}
+    record = train(_converted(plain.case, strategy=strategy, gamma=0.9, **options))
+    reason = _compared(plain, record)
+    return f"{strategy}, {options}: {reason}" if reason else ""
+
+
+def _compared(plain: _Plain, record: Record) -> str:
+    """What differs besides gradients."""
+    if record.error:
+        return "" if plain.record.error else f"raises {record.error}"
+    expected = plain.expected
+    if expected.error:
+        return f"raises nothing, where plain raises {expected.error}"
+    if record.wanted != expected.wanted:
+        return f"outputs require gradients {record.wanted}, not {expected.wanted}"
+    for number, (ours, theirs) in enumerate(zip(record.outputs, expected.outputs, strict=True)):
+        if not equal(ours, theirs):
+            return f"output {number} is off by {_distance(ours, theirs):.2g} ({_form(ours)}, not {_form(theirs)})"
+    for name, theirs in expected.state.items():
+        if not equal(record.state[name], theirs):
+            return f"{name} is off by {_distance(record.state[name], theirs):.2g} afterwards"
+    if not torch.equal(record.random_state, expected.random_state):
+        return "the random numbers that follow differ"
+    if record.gradients.keys() != expected.gradients.keys():
+        return f"other gradients: {sorted(record.gradients.keys() ^ expected.gradients.keys())}"
+    return ""
+
+
+def _gradients_differ(plain: _Plain, record: Record, tolerance: float) -> str:
+    """Which gradients are further apart than that, and than rounding alone moves them."""
+    if record.error:
+        return ""
+    expected = plain.expected.gradients
+    forms = (
+        f"{name} is {_form(record.gradients[name])}, not {_form(grad)}"
+        for name, grad in expected.items()
+        if _form(record.gradients[name]) != _form(grad)
+    )
+    other = next(forms, "")
+    if other or (not tolerance and all(equal(record.gradients[name], grad) for name, grad in expected.items())):
+        return other
+    apart = distances(record.gradients, expected)
+    if tolerance:
+        apart = {name: distance for name, distance in apart.items() if distance > tolerance}
+        allowed = partial(_allowed, plain.sensitivity(_perturbation(plain.case)) if apart else {})
+        apart = {name: distance for name, distance in apart.items() if not distance <= allowed(name)}
+    name = max(apart, key=lambda name: apart[name], default="")
+    return f"gradient of {name} is off by {apart[name]:.2g}" if name else ""
+
+
+SLACK = 30  # how much further a gradient may move than by a perturbation of the inputs and parameters
+
+
+def _allowed(sensitivity: dict[str, float], name: str) -> float:
+    return SLACK * sensitivity[name]
+
+
+def _is_half(case: Case) -> bool:
+    half = any(parameter.dtype is torch.bfloat16 for parameter in case.network.parameters())
+    return half or case.plan.autocast or any(isinstance(module, Within) for module in case.network.modules())
+
+
+def _tolerance(case: Case) -> float:
+    return 2e-2 if _is_half(case) else 1e-3
+
+
+def _perturbation(case: Case) -> float:
+    return 2e-3 if _is_half(case) else 1e-5
+
+
+def _converted(case: Case, **options: object) -> Case:
+    case = copy.deepcopy(case)
+    dropit.to_dropit(case.network, **options)  # type: ignore[arg-type]
+    return case
+
+
+def _without_outer_hooks(case: Case) -> Case:
+    case = copy.deepcopy(case)
+    return Case(replace(case.plan, outer=""), case.network, case.inputs)
+
+
+def _train_on_copies(case: Case) -> Record:
+    """Plain training that saves copies: no change in place reaches them."""
+    case = copy.deepcopy(case)
+    with saved_tensors_hooks(Tensor.clone, lambda saved: saved) if not case.plan.outer else nullcontext():
+        return train(case)
+
+
+def _perturbed(case: Case, size: float, number: int) -> Case:
+    case = copy.deepcopy(case)
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for tensor in [*case.network.parameters(), *case.inputs]:
+            if tensor.is_floating_point() and tensor.numel() > 0:
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+                tensor.add_(noise * tensor.abs().max(), alpha=size)
+    return case
+
+
+def equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Whether two tensors are the same; NaN is."""
+    if _form(ours) != _form(theirs):
+        return False
+    return bool(((ours == theirs) | (ours.isnan() & theirs.isnan())).all())
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def distances(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """How far each of several gradients is from the other, relative to its norm or to a part of the largest norm."""
+    largest = max((_norm(grad) for grad in theirs.values()), default=0.0)
+    return {name: _distance(ours[name], grad, floor=1e-2 * largest) for name, grad in theirs.items() if name in ours}
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(tensor.double().nan_to_num(0.0, 0.0, 0.0).norm())
+
+
+def _distance(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
+    if ours.shape != theirs.shape or not torch.equal(ours.isfinite(), theirs.isfinite()):
+        return torch.inf
+    scale = max(_norm(theirs), floor)
+    difference = _norm(ours.double() - theirs.double())
+    return difference / scale if scale else difference
