@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, autocast, first_order_only, placeholder, save_form
+from dropit.layers.layer import PackedInputLayer, autocast, each, first_order_only, placeholder, save_form
 from dropit.layers.table import register
 from dropit.packer import Packer
 
@@ -36,12 +36,6 @@ class Geometry(NamedTuple):
         stride, dilation = each(layer.stride, dimensions), each(layer.dilation, dimensions)
         extra = each(output_padding, dimensions)
         return cls(stride, each(padding, dimensions), dilation, layer.transposed, extra, layer.groups)
-
-
-def each(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """One number for each dimension, as PyTorch's functions take one for all."""
-    sizes = (size,) if isinstance(size, int) else tuple(size)
-    return sizes * dimensions if len(sizes) == 1 else sizes
 
 
 class DropITConvFunction(Function):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ClassVar, TypeVar
 
@@ -160,14 +160,20 @@ def saved_mask(ctx: Any) -> Tensor:
     return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
 
 
-def where_saved(ctx: Any, grad: Tensor) -> Tensor:
-    """``grad`` where the mask that was saved is set, zeros elsewhere."""
-    alike = memory_order(grad) == ctx.layout.order and is_dense_in_memory(grad)
-    if torch.is_grad_enabled() or is_traced() or not alike:  # a second derivative is wanted, or more is to be known
+def where_saved(ctx: Any, grad: Tensor, backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``grad`` where the mask that was saved is set, zeros elsewhere.
+
+    ``backward``: PyTorch's operator that does so where a tensor is above zero, and says in which layout.
+    """
+    if is_traced():
         return torch.where(saved_mask(ctx), grad, 0)
+    alike = memory_order(grad) == ctx.layout.order and is_dense_in_memory(grad)
+    if torch.is_grad_enabled() or not alike:  # a second derivative is wanted, or another layout
+        return backward(grad, saved_mask(ctx).to(grad.dtype))
     (bits,) = ctx.saved_tensors
     flat, layout = flatten(grad)
-    return unflatten(ops.keep_marked(flat, bits), layout)
+    kept = ops.keep_marked(flat, bits)
+    return kept.view(grad.shape) if grad.is_contiguous() else unflatten(kept, layout)
 
 
 def anchor(x: Tensor) -> Tensor | None:
@@ -218,6 +224,12 @@ def no_view(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 
 
+def each(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number for each dimension, as PyTorch's functions take one for all."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * dimensions if len(sizes) == 1 else sizes
+
+
 def save_form(ctx: Any, input: Tensor) -> None:
     """Remember the shape and the layout of ``input``, and none of its elements."""
     ctx.input_shape, ctx.memory_format = input.shape, suggest_memory_format(input)
@@ -257,6 +269,19 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(tensor, dtype) for tensor in tensors)
+
+
+def autocast_as(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast has it in for ``operator``, a pooling: told by its output of one element.
+
+    Autocast does not know the operators behind it, which a layer calls, as they return more or have a backward.
+    """
+    device = x.device.type
+    if x.dtype.itemsize > 2 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    with torch.no_grad():
+        one = operator(x.new_ones([1] * x.dim()))
+    return x.to(one.dtype)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -8,15 +8,17 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import LosslessLayer, placeholder, save_form
+from dropit.layers.layer import LosslessLayer, autocast_as, each, placeholder, save_form
 from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 from dropit.stored import offer, offered
 
+_PLAIN = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
 _BACKWARD = {2: torch.ops.aten.max_pool2d_with_indices_backward, 3: torch.ops.aten.max_pool3d_with_indices_backward}
 
@@ -118,6 +120,7 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         windows = self._windows()
         if not self.packs(input) or self.return_indices or _size(windows) > 256:
             return self.unsaved(super().forward, input)  # type: ignore[misc]
+        input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)
         if self.dimensions > 1:
             return dropit_max_pool(input, windows)
         # One dimension is two, as PyTorch has it.
@@ -125,12 +128,14 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         return dropit_max_pool(input.unsqueeze(-2), flat).squeeze(-2)
 
     def _windows(self) -> Windows:
-        each = self._each
-        sizes = each(self.kernel_size), each(self.stride), each(self.padding), each(self.dilation)
+        count, stride = self.dimensions, self.kernel_size if self.stride is None else self.stride
+        sizes = (
+            each(self.kernel_size, count),
+            each(stride, count),
+            each(self.padding, count),
+            each(self.dilation, count),
+        )
         return Windows(*sizes, self.ceil_mode)
-
-    def _each(self, size: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (size,) * self.dimensions if isinstance(size, int) else tuple(size)
 
 
 @register

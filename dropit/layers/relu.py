@@ -15,6 +15,8 @@ from dropit.layers.layer import LosslessLayer, save_inside, save_mask, saved_mas
 from dropit.layers.table import register
 from dropit.stored import offer, offered
 
+_aten = torch.ops.aten
+
 
 class DropITReLUFunction(Function):
     """y = x between ``lower`` and ``upper``; outside, a constant, or slope * x. Saves a bit per element, not y."""
@@ -35,15 +37,18 @@ class DropITReLUFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save where the gradient passes. The output tells as well as the input: y <= lower where x is."""
-        input, lower, upper, ctx.slope, inplace = inputs
+        input, lower, ctx.upper, ctx.slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(input)
         # The gradient of NaN passes, as PyTorch has it but for hardtanh, where it depends on the place in the tensor,
         # and for a leaky ReLU.
         if ctx.slope:
             save_mask(ctx, output > 0)
-        else:
-            save_inside(ctx, output, lower, upper)
+        elif _holds(output.dtype, lower) and _holds(output.dtype, ctx.upper):
+            save_inside(ctx, output, lower, ctx.upper)
+        else:  # PyTorch compares the input with other bounds than it clamps to: by its operator
+            passes = _aten.hardtanh_backward(torch.ones_like(output), input.detach(), lower, ctx.upper)
+            save_mask(ctx, passes != 0)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -51,8 +56,26 @@ class DropITReLUFunction(Function):
         if ctx.slope:
             grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope)
         else:
-            grad_input = where_saved(ctx, grad_output)
+            grad_input = where_saved(ctx, grad_output, _relu_backward if ctx.upper == math.inf else _hardtanh_backward)
         return grad_input, None, None, None, None
+
+
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]
+
+
+def _hardtanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.hardtanh_backward(grad, x, 0, math.inf)  # type: ignore[no-any-return]
+
+
+def _holds(dtype: torch.dtype, bound: float) -> bool:
+    """Whether the dtype has this very number."""
+    digits = {torch.bfloat16: 8, torch.float16: 11}.get(dtype)
+    if digits is None or bound == 0 or math.isinf(bound):
+        return True
+    limits = torch.finfo(dtype)
+    mantissa, _ = math.frexp(bound)
+    return limits.tiny <= abs(bound) <= limits.max and (mantissa * 2**digits).is_integer()
 
 
 def dropit_relu(
@@ -89,7 +112,9 @@ class DropITHardtanh(LosslessLayer, nn.Hardtanh):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if not self.packs(input):
+        exact = _holds(input.dtype, self.min_val) and _holds(input.dtype, self.max_val)
+        hidden = self.inplace and not exact  # the output does not tell what the input would
+        if not self.packs(input) or hidden or self.max_val == math.inf:
             return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace, lower=self.min_val, upper=self.max_val)
 

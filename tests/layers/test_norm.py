@@ -288,3 +288,11 @@ def test_a_batch_of_one_whose_gradient_is_laid_out_otherwise(shape):
         _, expected = gradients(plain.double(), x.double(), grad_output.double().contiguous())
         for one, other in zip(got, expected, strict=True):
             assert (one - other).norm() < 1e-3 * max(other.norm(), grad_output.norm())
+
+
+def test_complex_inputs_are_left_to_pytorch():
+    ours, plain, _, _ = pair("rms", "int8")
+    x = torch.randn(5, 48, dtype=torch.complex128)
+    (y, got), (exact, expected) = (gradients(module, x, torch.ones_like(x) * 1j) for module in (ours, plain))
+    assert torch.equal(y, exact)
+    assert all(map(torch.equal, got, expected))
