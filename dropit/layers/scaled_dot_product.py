@@ -171,7 +171,7 @@ def dropit_attention(
     packer: Packer,
 ) -> Tensor:
     """The same, projected: (L, N, E)."""
-    _, w, b = autocast(q, weight, bias)
+    q, k, v, w, b = autocast(q, k, v, weight, bias)
     return DropITAttentionFunction.apply(q, k, v, w, b, mask, form, *_saved(q, k, v, form, packer))  # type: ignore[no-any-return]
 
 
