@@ -155,3 +155,9 @@ def test_the_main_job_reaches_its_accuracy_and_logs_its_scalars(workplace):
     assert {"val/acc5", "train/loss", "lr-SGD", "dropit/dense_mb", "dropit/cache_mb"} <= last.keys()
     assert last["dropit/cache_ratio"] < 0.75
     assert "MiB held for backward" in done.stdout
+
+
+def test_what_is_promised_names_tests_that_are_there():
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")))
+    assert len(named) > 10
+    assert not [name for name in named if not (ROOT / name).is_file()]

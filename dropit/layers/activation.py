@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import QuantizedLayer, first_order_only
+from dropit.layers.layer import QuantizedLayer, anchor, first_order_only
 from dropit.layers.table import register
 from dropit.packer import Packer
 from dropit.stored import offer
@@ -63,7 +63,12 @@ class DropITActivationFunction(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        input: Tensor, name: str, inplace: bool, restore: Callable[..., Tensor], *stored: Tensor | None
+        input: Tensor,
+        name: str,
+        inplace: bool,
+        anchor: Tensor | None,
+        restore: Callable[..., Tensor],
+        *stored: Tensor | None,
     ) -> Tensor:
         """The plain forward."""
         output = CURVES[name].function(input, inplace)
@@ -72,17 +77,17 @@ class DropITActivationFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what is stored of the input."""
-        input, ctx.curve, inplace, ctx.restore, *stored = inputs
+        input, ctx.curve, inplace, anchor, ctx.restore, *stored = inputs
         if inplace:
             ctx.mark_dirty(input)
-        ctx.save_for_backward(*stored)
+        ctx.save_for_backward(anchor, *stored)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output * f'(x)."""
-        stored = ctx.saved_tensors  # which a checkpoint lets be read once
+        anchor, *stored = ctx.saved_tensors  # which a checkpoint lets be read once
         grad_input = CURVES[ctx.curve].backward(grad_output, ctx.restore(*stored))
-        return first_order_only(grad_input), None, None, None, *[None] * len(stored)
+        return first_order_only(grad_input, anchor), None, None, None, None, *[None] * len(stored)
 
 
 class DropITActivation(QuantizedLayer):
@@ -109,7 +114,7 @@ def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool
     """The activation called ``name`` in CURVES, whose input is kept in ``packer.bits`` bits."""
     overwritten = inplace and not packer.narrows(input)  # what would be kept as it is
     stored = packer.store_all(input.clone() if overwritten else input)
-    output = DropITActivationFunction.apply(input, name, inplace, *stored.arguments)
+    output = DropITActivationFunction.apply(input, name, inplace, anchor(input), *stored.arguments)
     return offer(output, packer.offer(stored.then(partial(_again, name))))
 
 

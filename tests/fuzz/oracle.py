@@ -206,7 +206,7 @@ def _form(tensor: Tensor) -> str:
 def distances(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """How far each of several gradients is from the other, relative to its norm or to a part of the largest norm."""
     largest = max((_norm(grad) for grad in theirs.values()), default=0.0)
-    return {name: _distance(ours[name], grad, floor=1e-2 * largest) for name, grad in theirs.items() if name in ours}
+    return {name: _distance(ours[name], grad, floor=0.1 * largest) for name, grad in theirs.items() if name in ours}
 
 
 def _norm(tensor: Tensor) -> float:
