@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, autocast, each, first_order_only, placeholder, save_form
+from dropit.layers.layer import PackedInputLayer, anchor, autocast, each, first_order_only, placeholder, save_form
 from dropit.layers.table import register
 from dropit.packer import Packer
 
@@ -49,6 +49,7 @@ class DropITConvFunction(Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
+        anchor: Tensor | None,
         restore: Callable[..., Tensor] | None,
         *stored: Tensor | None,
     ) -> Tensor:
@@ -58,14 +59,14 @@ class DropITConvFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the weight and what is stored of the input."""
-        input, weight, _, ctx.geometry, ctx.restore, *stored = inputs
+        input, weight, _, ctx.geometry, anchor, ctx.restore, *stored = inputs
         save_form(ctx, input)
-        ctx.save_for_backward(weight, *stored)
+        ctx.save_for_backward(weight, anchor, *stored)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
-        weight, *stored = ctx.saved_tensors
+        weight, anchor, *stored = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         # Of the input, grad_input needs the shape, and the layout for its own.
         input = ctx.restore(*stored) if wanted[1] else placeholder(ctx, grad_output)
@@ -74,8 +75,8 @@ class DropITConvFunction(Function):
             grad_output, input, weight, bias_shape, *ctx.geometry, wanted
         )
         if grad_weight is not None:
-            grad_weight = first_order_only(grad_weight, weight)
-        return grad_input, grad_weight, grad_bias, None, None, *[None] * len(stored)
+            grad_weight = first_order_only(grad_weight, weight if anchor is None else anchor)
+        return grad_input, grad_weight, grad_bias, None, None, None, *[None] * len(stored)
 
 
 def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
@@ -87,11 +88,11 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:
-        return DropITConvFunction.apply(x, w, b, geometry, None)  # type: ignore[no-any-return]
+        return DropITConvFunction.apply(x, w, b, geometry, None, None)  # type: ignore[no-any-return]
     stored = packer.store(x, input, channel_dim=1)
     if stored is None:
         return _plain_conv(input, weight, bias, geometry)
-    return DropITConvFunction.apply(x, w, b, geometry, *stored.arguments)  # type: ignore[no-any-return]
+    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
 
 
 def _plain_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

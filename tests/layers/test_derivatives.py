@@ -110,3 +110,18 @@ def test_first_derivatives_by_torch_func_are_those_of_autograd(name):
     by_func = torch.func.grad(lambda x: ours(x).square().sum())(x)
     (by_autograd,) = torch.autograd.grad(ours(x.requires_grad_()).square().sum(), x)
     assert (by_func - by_autograd).norm() < 1e-3 * by_autograd.norm()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_by_torch_func_the_weights_gradient_does_not_hide_that_it_depends_on_the_input(name):
+    ours, _, x = pair(name)
+    parameters = {key: parameter.detach() for key, parameter in ours.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(ours, parameters, (x,)).sum()
+
+    def of_input(x):
+        return torch.func.grad(loss)(parameters, x)["weight"].square().sum()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.grad(of_input)(x)
