@@ -5,9 +5,12 @@ import os
 import pytest
 import torch
 
+from tests import processes
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when first imported, which PyTorch itself may do
 
+processes.guard_session()
 # The workers of a data loader are forks by default before Python 3.14, of a process in which OpenMP's threads have run.
 # Here they are forks of a fresh interpreter, which has imported what takes long and run nothing.
 multiprocessing.set_start_method("forkserver", force=True)

@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -22,13 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MARKS = "DROPIT_TEST_PROCESSES"
 _SESSION = uuid.uuid4().hex
 _numbers = itertools.count()
-_guard = None
 
 
 @contextmanager
 def started(command, *, env=None, stdin=subprocess.DEVNULL, **options):
     """A running process, as subprocess.Popen gives it; in the end it is killed, and whatever it has started."""
-    _guard_session()
     mark = f"{_SESSION}.{next(_numbers)};"
     env = {**(os.environ if env is None else env), MARKS: os.environ.get(MARKS, "") + mark}
     # A session of its own, so that Ctrl-C reaches pytest alone.
@@ -90,14 +89,17 @@ def _read(file):
     return file.read()
 
 
-def _guard_session():
-    """Start a process that outlives this one, and ends then what carries its marks: SIGKILL leaves no time for it."""
-    global _guard
-    if _guard is None:
-        command = [sys.executable, "-I", "-S", __file__, _SESSION]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        _guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **quiet)
-        atexit.register(_guard.communicate)
+def guard_session():
+    """Start a process that outlives this one, and then ends all that this one has started, in whatever way, after this.
+
+    Killed by SIGKILL it could not do so itself, and the workers of a data loader would wait for it forever.
+    """
+    command = [sys.executable, "-I", "-S", __file__, _SESSION]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, **quiet)
+    atexit.register(guard.communicate)
+    resource_tracker.ensure_running()  # before: it ends by itself, after it has cleaned up
+    os.environ[MARKS] = f"{os.environ.get(MARKS, '')}{_SESSION};"
 
 
 if __name__ == "__main__":

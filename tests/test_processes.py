@@ -88,6 +88,18 @@ def test_nothing_is_left_of_a_test_that_is_ended(tmp_path, pipe, signum):
     assert ("Failed: Timeout" in said and "said until here" in said) == (signum == "SIGALRM")
 
 
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGKILL"])
+def test_nothing_is_left_of_a_test_with_workers(tmp_path, pipe, signum):
+    """Which are children of another process, that lives as long as they do."""
+    hold = f"import time; file = open({str(pipe)!r}, 'w'); print('open', file=file, flush=True); time.sleep(10**6)"
+    test = f"import multiprocessing\ndef test_it():\n    multiprocessing.Process(target=exec, args=({hold!r},)).start()"
+    command = pytest_of_one_test(tmp_path, f"{test}\n    time.sleep(10**6)")
+    with processes.started(command, cwd=ROOT, stdout=subprocess.DEVNULL) as run:
+        held = until_open(pipe)
+        run.send_signal(getattr(signal, signum))
+        assert held.read() == ""
+
+
 def test_a_test_that_cannot_be_stopped_ends_the_run(tmp_path):
     """As in C code that does not return; here the signal does not come through."""
     test = (
