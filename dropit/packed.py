@@ -127,6 +127,7 @@ def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
 
     With ``outermost``, that dimension comes first, whether it does in memory or not.
     """
+    x = x.resolve_conj().resolve_neg()  # whose elements are their bits
     if outermost is not None:
         order = (outermost, *(dim for dim in memory_order(x) if dim != outermost))
         return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
