@@ -216,3 +216,17 @@ def test_at_gamma_zero_gradients_are_bit_for_bit_in_any_layout(order):
         model(x).backward(grad_output)
     assert torch.equal(ours.weight.grad, plain.weight.grad)
     assert torch.equal(ours.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("strategy", ["fastmink", "mink", "mink_c", "random"])
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_a_negative_view_keeps_its_sign(strategy, compress):
+    x = torch.randn(40, 24)
+    grads = []
+    for each in (-x, torch._neg_view(x)):
+        linear = dropit.to_dropit(nn.Linear(24, 10), strategy, 0.5, compress=compress)
+        linear(each).sum().backward()
+        grads.append(linear.weight.grad)
+    if strategy != "random":
+        assert torch.equal(*grads)
+    assert (grads[1] @ x.sum(0) < 0).all()
