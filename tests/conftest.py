@@ -16,7 +16,7 @@ processes.guard_session()
 multiprocessing.set_start_method("forkserver", force=True)
 multiprocessing.set_forkserver_preload(["torch", "torchvision", "pytorch_lightning", "dropit"])
 
-SLOW_LIMIT = 3600  # seconds for each test marked slow; pyproject.toml has the limit of the others
+SLOW_LIMIT = 7200  # seconds for each test marked slow; pyproject.toml has the limit of the others
 GRACE = 60  # seconds more, for a test that does not let itself be stopped
 STDERR = pytest.StashKey[int]()
 
