@@ -139,6 +139,8 @@ def _is_part(input: Tensor) -> bool:
 
 def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool = False) -> Tensor:
     """The activation called ``name`` in CURVES, whose input or output is kept in ``packer.bits`` bits."""
+    if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
+        return input.copy_(dropit_activation(input.clone(), name, packer))
     curve, known = CURVES[name], offered(input)
     given = known is not None and known.stored is not None
     if curve.center is not None:
