@@ -286,7 +286,7 @@ def _round_scales(scales: Tensor) -> Tensor:
     """To 16 bits each, and no less than the least normal number, whose reciprocal is finite."""
     if scales.dtype is not torch.float64:
         return scales.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
-    integers = scales.clamp(min=torch.finfo(torch.float64).tiny).view(torch.int64) + (2**_UNUSED_BITS - 1)
+    integers: Tensor = scales.clamp(min=torch.finfo(torch.float64).tiny).view(torch.int64) + (2**_UNUSED_BITS - 1)
     return integers.bitwise_right_shift(_UNUSED_BITS).to(torch.int16)  # rounded up, as no step is to spare
 
 
