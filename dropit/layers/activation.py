@@ -24,7 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import QuantizedLayer, anchor, first_order_only, no_view
+from dropit.layers.layer import (
+    QuantizedLayer,
+    anchor,
+    first_order_only,
+    no_view,
+    none_for_none,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
 from dropit.stored import Stored, offer, offered
@@ -105,12 +112,14 @@ class DropITActivationFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what is stored of the input or of the output."""
+        without_zeros(ctx)
         input, _, ctx.curve, inplace, anchor, ctx.restore, *stored = inputs
         if inplace:
             ctx.mark_dirty(input)
         ctx.save_for_backward(anchor, *stored)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output * f'(x)."""
         anchor, *stored = ctx.saved_tensors  # which a checkpoint lets be read once

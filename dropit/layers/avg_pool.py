@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import LosslessLayer, autocast_as, each, placeholder, save_form
+from dropit.layers.layer import (
+    LosslessLayer,
+    autocast_as,
+    each,
+    none_for_none,
+    placeholder,
+    save_form,
+    without_zeros,
+)
 from dropit.layers.table import register
 
 _aten = torch.ops.aten
@@ -33,10 +41,12 @@ class DropITAvgPoolFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
+        without_zeros(ctx)
         input, ctx.windows = inputs
         save_form(ctx, input)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each window's gradient, spread over its elements."""
         return _BACKWARD[len(ctx.windows[0])](grad_output, placeholder(ctx, grad_output), *ctx.windows), None
@@ -53,11 +63,13 @@ class DropITAdaptiveAvgPoolFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
+        without_zeros(ctx)
         input, sizes = inputs
         ctx.dimensions = len(sizes)
         save_form(ctx, input)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each window's gradient, spread over its elements."""
         return _ADAPTIVE_BACKWARD[ctx.dimensions](grad_output, placeholder(ctx, grad_output)), None

@@ -10,7 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, anchor, autocast, each, first_order_only, placeholder, save_form
+from dropit.layers.layer import (
+    PackedInputLayer,
+    anchor,
+    autocast,
+    each,
+    first_order_only,
+    none_for_none,
+    placeholder,
+    save_form,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
 
@@ -59,11 +69,13 @@ class DropITConvFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the weight and what is stored of the input."""
+        without_zeros(ctx)
         input, weight, _, ctx.geometry, anchor, ctx.restore, *stored = inputs
         save_form(ctx, input)
         ctx.save_for_backward(weight, anchor, *stored)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
         weight, anchor, *stored = ctx.saved_tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -140,6 +141,24 @@ class LosslessLayer(DropITLayer):
         if known is not None and isinstance(output, Tensor):
             offer(output, known._replace(stored=None))
         return output
+
+
+def without_zeros(ctx: Any) -> None:
+    """Have a backward pass be given None where no gradient comes, and not zeros."""
+    if not is_traced():
+        ctx.set_materialize_grads(False)
+
+
+def none_for_none(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``backward`` return no gradients where none comes, as PyTorch's operators do: a parameter then has none."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        if grad_outputs[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grad_outputs)
+
+    return checked
 
 
 def save_mask(ctx: Any, mask: Tensor) -> None:

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, anchor, autocast, first_order_only, no_view
+from dropit.layers.layer import (
+    PackedInputLayer,
+    anchor,
+    autocast,
+    first_order_only,
+    no_view,
+    none_for_none,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
 
@@ -35,10 +43,12 @@ class DropITLinearFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what is stored of the input, and the weight if grad_input is wanted."""
+        without_zeros(ctx)
         _, weight, _, anchor, ctx.restore, *stored = inputs
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, anchor, *stored)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., out). Returns grad_input (..., in), grad_weight (out, in), grad_bias (out,)."""
         weight, anchor, *stored = ctx.saved_tensors

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import QuantizedLayer, anchor, first_order_only, in_format, suggest_memory_format
+from dropit.layers.layer import (
+    QuantizedLayer,
+    anchor,
+    first_order_only,
+    in_format,
+    none_for_none,
+    suggest_memory_format,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
 from dropit.stored import Stored, offer
@@ -59,6 +67,7 @@ class _NormFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save weight and bias where PyTorch does, 1 / deviation and what is stored of the normalized input."""
+        without_zeros(ctx)
         _, weight, bias, computed, rstd, ctx.form, anchor, ctx.restore, *stored = inputs
         ctx.mark_dirty(computed)
         weight, bias = weight if ctx.form.saves_weight else None, bias if ctx.form.saves_bias else None
@@ -81,6 +90,7 @@ class DropITBatchNormFunction(_NormFunction):
     """By channel, over the batch."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, C, *spatial)."""
         weight, _, anchor, rstd, normalized = _NormFunction.saved(ctx)
@@ -97,6 +107,7 @@ class DropITLayerNormFunction(_NormFunction):
     """By sample, over the last dimensions."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., *normalized_shape)."""
         weight, bias, anchor, rstd, normalized = _NormFunction.saved(ctx)
@@ -111,6 +122,7 @@ class DropITGroupNormFunction(_NormFunction):
     """By sample, over groups of channels."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, C, *spatial)."""
         weight, _, anchor, rstd, normalized = _NormFunction.saved(ctx)
@@ -127,6 +139,7 @@ class DropITRMSNormFunction(_NormFunction):
     """By sample, over the last dimensions, without a mean (Zhang and Sennrich 2019, equation 4)."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., *normalized_shape). As PyTorch's, in float32 where the input is in half precision."""
         weight, _, anchor, rstd, normalized = _NormFunction.saved(ctx)

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import LosslessLayer, autocast_as, each, placeholder, save_form
+from dropit.layers.layer import (
+    LosslessLayer,
+    autocast_as,
+    each,
+    none_for_none,
+    placeholder,
+    save_form,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 from dropit.stored import offer, offered
@@ -45,6 +53,7 @@ class DropITMaxPoolFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the offsets."""
+        without_zeros(ctx)
         input, ctx.windows = inputs
         indices = output[1]
         ctx.mark_non_differentiable(indices)
@@ -54,6 +63,7 @@ class DropITMaxPoolFunction(Function):
         ctx.save_for_backward(ops.pack_small(flat, _size(ctx.windows)))
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
         (stored,) = ctx.saved_tensors

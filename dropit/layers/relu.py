@@ -11,7 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import LosslessLayer, save_inside, save_mask, saved_mask, where_saved
+from dropit.layers.layer import (
+    LosslessLayer,
+    none_for_none,
+    save_inside,
+    save_mask,
+    saved_mask,
+    where_saved,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.stored import offer, offered
 
@@ -37,6 +45,7 @@ class DropITReLUFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save where the gradient passes. The output tells as well as the input: y <= lower where x is."""
+        without_zeros(ctx)
         input, lower, ctx.upper, ctx.slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(input)
@@ -51,6 +60,7 @@ class DropITReLUFunction(Function):
             save_mask(ctx, passes != 0)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output where it passes, slope * grad_output elsewhere."""
         if ctx.slope:

@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import anchor, autocast, first_order_only, no_view
+from dropit.layers.layer import (
+    anchor,
+    autocast,
+    first_order_only,
+    no_view,
+    none_for_none,
+    without_zeros,
+)
 from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
@@ -61,10 +68,12 @@ class DropITScaledDotProductFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the packed q, k, v, the mask and the state of the random numbers."""
+        without_zeros(ctx)
         _, _, _, mask, ctx.form, random, anchor, *parts = inputs
         _save(ctx, parts, anchor, mask, random)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, heads, L, head_dim)."""
         anchor, *saved = ctx.saved_tensors
@@ -96,10 +105,12 @@ class DropITAttentionFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what attention alone would, and the weight."""
+        without_zeros(ctx)
         _, _, _, weight, _, mask, ctx.form, random, anchor, *parts = inputs
         _save(ctx, parts, weight, anchor, mask, random)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (L, N, E)."""
         weight, anchor, *saved = ctx.saved_tensors

@@ -154,3 +154,38 @@ def test_layouts(name, frozen, grad_layout):
 def test_dtypes(name, weights, dtype, autocast):
     ours, plain, shape = pair(name, "int16", gamma=0.9, dtype=weights or dtype)
     check(ours, plain, torch.randn(shape).to(dtype), autocast=autocast)
+
+
+class NoGradient(torch.autograd.Function):
+    """Somebody's own, or a checkpointed region: its input has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+class Unreached(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.other = layer, nn.Linear(4, 4)
+
+    def forward(self, x):
+        return NoGradient.apply(self.layer(x)) + self.other(x)
+
+
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(4, 4), nn.LayerNorm(4), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1), nn.PReLU()], ids=str
+)
+def test_a_layer_that_no_gradient_reaches_has_none(layer, compress):
+    torch.manual_seed(0)
+    plain = Unreached(nn.Sequential(nn.Linear(4, 4), layer, nn.GELU(), nn.ReLU()))
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.5, compress=compress)
+    for model in (plain, ours):
+        model(torch.randn(200, 3, 4)).sum().backward()
+    for (name, parameter), mine in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert (mine.grad is None) == (parameter.grad is None), name
