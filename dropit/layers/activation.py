@@ -191,7 +191,7 @@ def _store_input(x: Tensor, curve: Curve, packer: Packer) -> Stored:
 
 def _from_center(center: float, distance: Tensor) -> Tensor:
     """The output at that distance; at the ends of its range, the rounding of the scale may have led beyond."""
-    return (distance + center).clamp_(2 * center - 1, 1)
+    return (distance.add_(center) if center else distance).clamp_(2 * center - 1, 1)
 
 
 def _again(name: str, x: Tensor) -> Tensor:

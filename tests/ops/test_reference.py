@@ -310,6 +310,7 @@ def test_the_sign_of_a_view_that_negates_is_kept():
     assert torch.equal(ops.unpack(ops.pack_largest(flat, 32, 32, 0, layout)), -x)
     assert torch.equal(ops.dequantize(*ops.quantize(flat), x.dtype, 32), quantized(-x.flatten()))
     assert torch.equal(ops.keep_marked(flat, ops.mark_inside(flat, 0.0, math.inf)), (-x).clamp(min=0).flatten())
+    assert not flatten(torch.randn(4, dtype=torch.complex64).conj())[0].is_conj()
 
 
 @pytest.mark.parametrize("n", [1000, 1, 130])
