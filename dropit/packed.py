@@ -146,4 +146,11 @@ def unflatten(flat: Tensor, layout: Layout) -> Tensor:
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions of ``x``, outermost in memory first."""
     strides = x.stride()
-    return tuple(sorted(range(x.dim()), key=lambda dim: -strides[dim]))
+    order: list[int] = []
+    # By insertion: a compiler can compare symbolic strides, but not sort them.
+    for dim, stride in enumerate(strides):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < stride:
+            place -= 1
+        order.insert(place, dim)
+    return tuple(order)

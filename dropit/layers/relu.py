@@ -92,6 +92,8 @@ def dropit_relu(
     input: Tensor, inplace: bool = False, *, lower: float = 0.0, upper: float = math.inf, slope: float = 0.0
 ) -> Tensor:
     """``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu`` that keeps a bit per element."""
+    if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
+        return input.copy_(dropit_relu(input.clone(), lower=lower, upper=upper, slope=slope))
     known = offered(input)
     output = DropITReLUFunction.apply(input, lower, upper, slope, inplace)
     return offer(output, known and known.then(partial(_again, lower, upper, slope)))
