@@ -143,7 +143,10 @@ class Packer:
         known, reader = self._shared.known, (self._layer, role)
         entry: _Entry | None = known.get(source)
         if entry is None or reader in entry.readers or not entry.is_for(source, key):
-            known[source] = entry = _Entry(key, pack(), Snapshot.of(source), set())
+            packed = pack()
+            if packed.is_dense:
+                return packed
+            known[source] = entry = _Entry(key, packed, Snapshot.of(source), set())
         entry.readers.add(reader)
         return entry.packed
 
