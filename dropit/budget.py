@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropit.calibration import Calibration, Configure, Item, Option, Setting
+from dropit.calibration import Calibration, Configure, Item, Option, Setting, in_training
 
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Where in the range of gamma a step is taken: closer where much is dropped, as there an element more counts most.
@@ -110,25 +110,26 @@ def fit(
     ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; its own cache is not counted.
     ``value_dtype``: what kept values are stored in, but where all are kept as they are. ``levels``: the numbers of bits
     that may be chosen. ``on_step``: called with the number of steps taken and of all. Raises ValueError where not even
-    the least setting fits.
+    the least setting fits. A model in eval mode is measured in training mode.
     """
     gammas = sorted({gamma_min + (gamma_max - gamma_min) * part for part in _PARTS}, reverse=True)
     calibration = Calibration(
         model, configure, forward, loss_fn, gammas=gammas, value_dtype=value_dtype, levels=levels, on_step=on_step
     )
-    items = calibration.items()
-    plan = Plan(items)
-    least = calibration.held(plan.setting(0))
-    if least > budget:
-        raise ValueError(
-            f"budget of {budget / 2**20:.1f} MiB cannot be met: the least that this model holds is "
-            f"{least / 2**20:.1f} MiB"
-        )
-    held, chosen = _spend(plan, budget, least, calibration.held)
-    if held < _ENOUGH * budget and budget - least < plan.span:
-        fuller, other = _spend(Plan(items, _NEGLIGIBLE), budget, least, calibration.held)
-        chosen = other if fuller > held else chosen
-    return chosen
+    with in_training(model):
+        items = calibration.items()
+        plan = Plan(items)
+        least = calibration.held(plan.setting(0))
+        if least > budget:
+            raise ValueError(
+                f"budget of {budget / 2**20:.1f} MiB cannot be met: the least that this model holds is "
+                f"{least / 2**20:.1f} MiB"
+            )
+        held, chosen = _spend(plan, budget, least, calibration.held)
+        if held < _ENOUGH * budget and budget - least < plan.span:
+            fuller, other = _spend(Plan(items, _NEGLIGIBLE), budget, least, calibration.held)
+            chosen = other if fuller > held else chosen
+        return chosen
 
 
 def _spend(plan: Plan, budget: int, least: int, measure: Callable[[Setting], int]) -> tuple[int, Setting]:

@@ -14,9 +14,11 @@ without it a layer whose gradients are small as yet would be given up: a ConvNeX
 
 from __future__ import annotations
 
+import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-from dropit.layers import PackedInputLayer, QuantizedLayer
+from dropit.layers import PackedInputLayer, QuantizedLayer, is_converted
 from dropit.layers.attention import DropITMultiheadAttention
 from dropit.memory import CacheMeter
 
@@ -82,7 +84,7 @@ class Calibration:
     ) -> None:
         self._model, self._configure, self._forward, self._loss_fn = model, configure, forward, loss_fn
         self._gammas, self._value_dtype, self._levels, self._on_step = gammas, value_dtype, levels, on_step
-        named = dict(model.named_modules())
+        named = {fqn: module for fqn, module in model.named_modules() if is_converted(module)}
         self._packing = [fqn for fqn, module in named.items() if isinstance(module, PackedInputLayer)]
         quantizing = (QuantizedLayer, DropITMultiheadAttention)
         self._quantizing = [fqn for fqn, module in named.items() if isinstance(module, quantizing)]
@@ -183,7 +185,7 @@ class Calibration:
 
     def _meter(self, setting: Setting) -> CacheMeter:
         self._configure(setting)
-        with _unchanged(self._model), CacheMeter(self._model, retain=False) as meter:
+        with _unchanged(self._model), torch.enable_grad(), CacheMeter(self._model, retain=False) as meter:
             output = self._forward()
         del output
         return meter
@@ -206,16 +208,11 @@ class Calibration:
         return found
 
     def _step(self) -> Gradients:
-        before = [parameter.grad for parameter in self._model.parameters()]
-        for parameter in self._model.parameters():
-            parameter.grad = None
-        try:
-            with _unchanged(self._model):
-                self._loss_fn(self._forward()).backward()
-            return self._own_gradients()
-        finally:
-            for parameter, grad in zip(self._model.parameters(), before, strict=True):
-                parameter.grad = grad
+        with _unchanged(self._model), torch.enable_grad():
+            loss = self._loss_fn(self._forward())
+            with _set_aside([*self._model.parameters(), *_leaves(loss)]):
+                loss.backward()
+                return self._own_gradients()
 
     def _own_gradients(self) -> Gradients:
         """Each parameter's once: a layer that packs its input counts before others that share a weight with it."""
@@ -259,42 +256,127 @@ def _and_between(options: list[Option]) -> list[Option]:
 
 
 @contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """The model in training mode, if no converted layer is; every module's flag is afterwards what it was.
+
+    In eval mode nothing is dropped or quantized. Parts in eval mode, as a frozen BatchNorm, stay in it.
+    """
+    if any(module.training for module in model.modules() if is_converted(module)):
+        yield
+        return
+    flags = [(module, module.training) for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.train()  # which may freeze parts of the model
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+        for parameter, requires_grad in wanted:
+            parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
 def _nothing_at_zero(model: nn.Module) -> Iterator[None]:
     """Small random values for a while to weights that start at zero, as a ViT's head: they let no gradient through."""
     zeros = [
-        parameter
+        (parameter, parameter.data)
         for name, parameter in model.named_parameters()
         if not name.endswith("bias") and parameter.is_floating_point() and not parameter.any()
     ]
-    with torch.no_grad(), _random_numbers_kept(model):
-        torch.manual_seed(0)
-        for parameter in zeros:
-            parameter.normal_(std=0.02)
     torch.clear_autocast_cache()  # of what they were
     try:
+        with _random_numbers_kept(model):
+            torch.manual_seed(0)
+            for parameter, data in zeros:
+                parameter.data = torch.empty_like(data).normal_(std=0.02)
         yield
     finally:
-        with torch.no_grad():
-            for parameter in zeros:
-                parameter.zero_()
+        for parameter, data in zeros:
+            parameter.data = data
         torch.clear_autocast_cache()
+
+
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """Every tensor in which a backward pass from ``loss`` accumulates a gradient, be it of the model or not."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+@contextmanager
+def _set_aside(leaves: Iterable[Tensor]) -> Iterator[None]:
+    """Their gradients and hooks are out of the way of a backward pass, and then back: a hook may step an optimizer."""
+    found = list({id(leaf): leaf for leaf in leaves}.values())
+    grads = [leaf.grad for leaf in found]
+    hooks = [each for leaf in found for each in (leaf._backward_hooks, leaf._post_accumulate_grad_hooks) if each]
+    registered = [dict(each) for each in hooks]
+    try:
+        for leaf in found:
+            leaf.grad = None
+        for each in hooks:
+            each.clear()  # in place, so that their handles still remove them
+        yield
+    finally:
+        for leaf, grad in zip(found, grads, strict=True):
+            leaf.grad = grad
+        for each, before in zip(hooks, registered, strict=True):
+            each.update(before)
 
 
 @contextmanager
 def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Buffers and random numbers are afterwards what they were before."""
-    buffers = [buffer.clone() for buffer in model.buffers()]
+    """Modules' attributes, buffers and their values, and random numbers are afterwards what they were before."""
+    # A lazy module becomes another in its first forward pass.
+    modules = [module for module in model.modules() if not isinstance(module, nn.modules.lazy.LazyModuleMixin)]
+    named = [
+        (each, dict(each))
+        for module in modules
+        for each in (module.__dict__, module._parameters, module._buffers, module._modules)
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for module in modules for buffer in module.buffers(recurse=False)]
     try:
         with _random_numbers_kept(model):
             yield
     finally:
+        for each, before in named:
+            for name in each.keys() - before.keys():
+                del each[name]
+            each.update(before)
+        for buffer, value in buffers:
+            _put_back(buffer, value)
+
+
+def _put_back(buffer: Tensor, value: Tensor) -> None:
+    """Write only what was changed: a write would be noticed by whoever saved the buffer for backward."""
+    if buffer.shape != value.shape:
+        buffer.data = value
+    elif not torch.equal(buffer, value):
         with torch.no_grad():
-            for buffer, before in zip(model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+            buffer.copy_(value)
 
 
-def _random_numbers_kept(model: nn.Module) -> AbstractContextManager[None]:
-    return torch.random.fork_rng({p.device for p in model.parameters() if p.device.type == "cuda"})
+@contextmanager
+def _random_numbers_kept(model: nn.Module) -> Iterator[None]:
+    """Those of PyTorch, Python and NumPy, and of generators that modules have."""
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    own = [(value, value.get_state()) for value in attributes if isinstance(value, torch.Generator)]
+    numpy = sys.modules.get("numpy")
+    of_python, of_numpy = random.getstate(), None if numpy is None else numpy.random.get_state()
+    with torch.random.fork_rng({p.device for p in model.parameters() if p.device.type == "cuda"}), ExitStack() as stack:
+        stack.callback(random.setstate, of_python)
+        if numpy is not None:
+            stack.callback(numpy.random.set_state, of_numpy)
+        for generator, state in own:
+            stack.callback(generator.set_state, state)
+        yield
 
 
 def _merged(groups: Iterable[Iterable[str]]) -> list[tuple[str, ...]]:

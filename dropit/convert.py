@@ -5,24 +5,31 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dropit.budget import fit, parse_bytes
 from dropit.calibration import Choice, Setting
 from dropit.layers import (
+    PARTS_OF_FORWARD,
     SWAPS,
     DropITLayer,
     LosslessLayer,
     PackedInputLayer,
     QuantizedLayer,
+    has_fixed_type,
+    in_the_way,
+    is_converted,
     parent_in_table,
     plain_type,
+    set_own_type,
     swap_for,
 )
 from dropit.memory import CacheMeter
@@ -36,7 +43,10 @@ _BITS = {"int16": 16, "int8": 8, "int4": 4}
 _LEVELS = (8, 16, 4)  # bits that a budget may choose; as Calibration takes them
 VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 _PLAIN = "plain: left out, or to_dropit was not called"
+_REPLACED = "not converted: its forward was replaced on the module itself"
 _NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
+
+_STATE = ("_dropit_packer", "_dropit_off")  # all that is ever added to a module
 
 Filter = Callable[[nn.Module, str], bool]
 Targets = dict[str, tuple[nn.Module, type[DropITLayer]]]  # by name: a module, and the class to swap in
@@ -82,7 +92,8 @@ def to_dropit(
     bits are then chosen so that it fits and the gradients err least, together and each layer's relative to itself;
     ``gamma`` and ``compress`` are not asked. 16 steps and one for each group of layers that quantizes are taken to
     measure that, with ``loss_fn`` of the output (if None the mean of its squares, or a Hugging Face output's own loss);
-    once one does not fit into the GPU's memory, what they save waits in the host's. The model's state stays as it was.
+    once one does not fit into the GPU's memory, what they save waits in the host's. They run in training mode; the
+    model's state stays as it was, and hooks on parameters are not called.
     example_input: a batch: a tensor, a tuple of arguments, or a dict of named ones.
     on_step: called after each of these steps with its number and how many there are, to show progress.
 
@@ -110,13 +121,14 @@ def to_dropit(
     targets: Targets = {}
     for fqn, module in _spoken_of(model):
         swap = swap_for(plain_type(module))
-        if swap is not None and (filter_fn is None or filter_fn(module, fqn)):
+        if swap is not None and not _obstacle(module, swap) and (filter_fn is None or filter_fn(module, fqn)):
             targets[fqn] = (module, swap)
     if not any(issubclass(swap, PackedInputLayer) for _, swap in targets.values()):
         raise ValueError(_nothing_converted(model))
     _warn_if_nothing_shrinks(packer, model)
-    for module, swap in targets.values():
-        _swap(module, swap if _is_wanted(swap, compress) else None, packer)
+    before = [(module, type(module), _state_of(module)) for module, _ in targets.values()]
+    for fqn, (module, swap) in targets.items():
+        _swap(module, swap if _is_wanted(swap, compress) else None, packer.for_layer(fqn))
     if budget is None:
         return model
 
@@ -136,7 +148,10 @@ def to_dropit(
             on_step=on_step,
         )
     except BaseException:
-        from_dropit(model)
+        for module, kind, state in before:
+            _forget(module)
+            module.__class__ = kind  # type: ignore[assignment]
+            vars(module).update(state)
         raise
     _configure(targets, packer, setting)
     return model
@@ -169,9 +184,19 @@ def _swap(module: nn.Module, swap: type[DropITLayer] | None, packer: Packer) -> 
     if swap is None:
         _restore(module)
         return
-    module.__class__ = swap  # type: ignore[assignment]
+    set_own_type(module, swap)
+    vars(module).pop("_dropit_off", None)
     if issubclass(swap, (PackedInputLayer, QuantizedLayer)):
-        module.packer = packer  # type: ignore[assignment]
+        vars(module)["_dropit_packer"] = packer
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    return {name: vars(module)[name] for name in _STATE if name in vars(module)}
+
+
+def _forget(module: nn.Module) -> None:
+    for name in _STATE:
+        vars(module).pop(name, None)
 
 
 def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
@@ -182,13 +207,27 @@ def _configure(targets: Targets, like: Packer, setting: Setting) -> None:
         if choice not in packers:
             packers[choice] = like.replaced(**choice._asdict())
         wanted = choice.bits is not None or not issubclass(swap, QuantizedLayer)
-        _swap(module, swap if wanted else None, packers[choice])
+        _swap(module, swap if wanted else None, packers[choice].for_layer(fqn))
 
 
 def _call(model: nn.Module, example: Any) -> Any:
-    if isinstance(example, Mapping):
+    example = _copied(dict(example) if isinstance(example, Mapping) else example)
+    if isinstance(example, dict):
         return model(**example)
     return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _copied(example: Any) -> Any:
+    """Tensors that a model may change in place, and leaves of no graph; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(x: Tensor) -> Tensor:
+        if id(x) not in copies:
+            dense = x.layout is torch.strided and 0 not in x.stride()  # or it cannot be changed in place
+            copies[id(x)] = (x.detach().clone() if dense else x.detach()).requires_grad_(x.requires_grad)
+        return copies[id(x)]
+
+    return tree_map_only(Tensor, copied, example)
 
 
 def _some_loss(output: Any) -> Tensor:
@@ -212,7 +251,7 @@ def _value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _warn_if_nothing_shrinks(packer: Packer, model: nn.Module) -> None:
-    itemsize = min((parameter.element_size() for parameter in model.parameters()), default=4)
+    itemsize = min((parameter.dtype.itemsize for parameter in model.parameters()), default=4)
     break_even = 1 / (8 * itemsize)  # a bit of position for each element, against itemsize bytes
     gamma = packer.strategy.gamma
     if isinstance(packer.strategy, ElementStrategy) and packer.value_dtype is None and 0 < gamma <= break_even:
@@ -232,9 +271,11 @@ def from_dropit(model: nn.Module) -> nn.Module:
 
 def _restore(module: nn.Module) -> None:
     if isinstance(module, DropITLayer):
-        if isinstance(module, (PackedInputLayer, QuantizedLayer)):
-            del module.packer
-        module.__class__ = module.plain  # type: ignore[assignment]
+        _forget(module)
+        if has_fixed_type(module):
+            vars(module)["_dropit_off"] = True
+        else:
+            set_own_type(module, plain_type(module))
 
 
 @dataclass(frozen=True)
@@ -289,7 +330,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
 
 
 def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
-    if meter is None or not isinstance(module, (PackedInputLayer, QuantizedLayer)):
+    if meter is None or isinstance(module, LosslessLayer) or not is_converted(module):
         return ""
     if fqn not in meter.ran():
         return "not called: another module may read its weight by itself"
@@ -308,17 +349,60 @@ def _spoken_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _reason(module: nn.Module) -> str:
-    if isinstance(module, DropITLayer):
-        return ""
+    if is_converted(module):
+        return "" if _reaches_ours(module) else _REPLACED
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return "not converted: it has no shape yet; run a forward pass first"
-    swap = swap_for(type(module))
+    plain = plain_type(module)
+    swap = swap_for(plain)
     if swap is not None:
-        return _NOT_QUANTIZED if issubclass(swap, QuantizedLayer) else _PLAIN
-    parent = parent_in_table(type(module))
+        return _obstacle(module, swap) or (_NOT_QUANTIZED if issubclass(swap, QuantizedLayer) else _PLAIN)
+    parent = parent_in_table(plain)
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"
     return "not converted: this type is not supported"
+
+
+def _obstacle(module: nn.Module, swap: type[DropITLayer]) -> str:
+    """What keeps the module from being converted, if anything does."""
+    if isinstance(module, DropITLayer):
+        return ""
+    if not vars(module).keys().isdisjoint(PARTS_OF_FORWARD):  # as accelerate's hooks set it: a class would not matter
+        return _REPLACED
+    name = in_the_way(module, swap)
+    return f"not converted: its own {name!r} is a name that DropIT's layer needs" if name else ""
+
+
+def _reaches_ours(module: nn.Module) -> bool:
+    """Whether the forward that was set on a converted module, if one was, holds that of its class, and may call it."""
+    if vars(module).keys().isdisjoint(PARTS_OF_FORWARD):
+        return True
+    return any(_holds(value, module) for value in vars(module).values() if callable(value))
+
+
+def _holds(found: Any, module: nn.Module, depth: int = 5) -> bool:
+    """Whether ``found`` is the forward of the module's class, or has it: wrapped, in a closure, or as an attribute."""
+    ours = type(module).forward
+    if found is ours or (isinstance(found, MethodType) and found.__func__ is ours):
+        return getattr(found, "__self__", module) is module
+    if depth == 0 or isinstance(found, (nn.Module, Tensor, type)):
+        return False
+    return any(_holds(part, module, depth - 1) for part in _parts(found) if callable(part) or isinstance(part, tuple))
+
+
+def _parts(found: Any) -> Iterator[Any]:
+    if isinstance(found, (tuple, list)):
+        yield from found
+    elif isinstance(found, partial):
+        yield from (found.func, *found.args, *found.keywords.values())
+    elif isinstance(found, MethodType):
+        yield found.__func__
+        yield from getattr(found.__self__, "__dict__", {}).values()
+    yield from getattr(found, "__dict__", {}).values()
+    yield from getattr(found, "__defaults__", None) or ()
+    for cell in getattr(found, "__closure__", None) or ():
+        with suppress(ValueError):  # it is empty as yet
+            yield cell.cell_contents
 
 
 def _nothing_converted(model: nn.Module) -> str:

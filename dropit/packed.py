@@ -127,6 +127,7 @@ def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
 
     With ``outermost``, that dimension comes first, whether it does in memory or not.
     """
+    x = x.resolve_conj().resolve_neg()  # whose elements are their bits
     if outermost is not None:
         order = (outermost, *(dim for dim in memory_order(x) if dim != outermost))
         return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
@@ -145,4 +146,11 @@ def unflatten(flat: Tensor, layout: Layout) -> Tensor:
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions of ``x``, outermost in memory first."""
     strides = x.stride()
-    return tuple(sorted(range(x.dim()), key=lambda dim: -strides[dim]))
+    order: list[int] = []
+    # By insertion: a compiler can compare symbolic strides, but not sort them.
+    for dim, stride in enumerate(strides):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < stride:
+            place -= 1
+        order.insert(place, dim)
+    return tuple(order)

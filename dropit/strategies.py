@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,12 +36,15 @@ class Strategy(ABC):
     """Base of the strategies. ``gamma`` in [0, 1) is the fraction that is dropped."""
 
     gamma: float = 0.9
+    _gamma: ClassVar[str]  # set on each
 
     def __post_init__(self) -> None:
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)):
             raise TypeError(f"gamma must be a number, got {self.gamma!r}")
         if not 0 <= self.gamma < 1:  # NaN fails too
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
+        # As text, which compilers take for a constant: a float that differs between two models becomes symbolic.
+        object.__setattr__(self, "_gamma", repr(float(self.gamma)))
 
     def pack(
         self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0, value_dtype: torch.dtype | None = None
@@ -66,7 +70,7 @@ class Strategy(ABC):
 
     def _share(self, n: int) -> int:
         """How many of n are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
-        return max(1, round(n * (1 - self.gamma)))
+        return max(1, round(n * (1 - float(self._gamma))))
 
 
 @dataclass(frozen=True)

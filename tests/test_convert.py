@@ -1,10 +1,15 @@
 import copy
+import functools
+import io
 import pickle
+import threading
+import types
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import dropit
 from dropit.layers import DropITLayer
@@ -86,7 +91,6 @@ def test_int8_and_int4_quantize_what_other_layers_keep():
     assert converted(dropit.to_dropit(model, compress="int4")) == ["0", "1", "2", "3"]
     assert model[1].packer.bits == 4
     assert "bits=4" in repr(model[1])
-    assert model[0].packer is model[1].packer
     assert dropit.coverage(model).converted == 4
     dropit.to_dropit(model, compress="int8")
     assert model[1].packer.bits == 8
@@ -267,16 +271,6 @@ def test_a_subclass_with_its_parents_forward_is_converted_and_can_be_copied(dupl
     assert type(dropit.from_dropit(layer)) is Subclass
 
 
-def test_a_parametrized_layer_is_converted():
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 8))
-    x = torch.randn(20, 64)
-    expected = layer(x)
-    dropit.to_dropit(layer, gamma=0.0)
-    assert torch.equal(layer(x), expected)
-    layer(x).sum().backward()
-    assert layer.parametrizations.weight.original0.grad is not None
-
-
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -301,3 +295,533 @@ def test_an_eval_graph_exports_as_the_plain_model_does():
     ours = torch.export.export(dropit.to_dropit(model), (x,))
     exact = torch.export.export(plain, (x,))
     assert [str(node.target) for node in ours.graph.nodes] == [str(node.target) for node in exact.graph.nodes]
+
+
+class LowRank(nn.Module):
+    """A frozen weight and a product of two small ones, as LoRA."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(2, weight[0].numel()) / 8)
+        self.up = nn.Parameter(torch.randn(len(weight), 2) / 8)
+
+    def forward(self, weight):
+        return weight.detach() + (self.up @ self.down).view_as(weight)
+
+
+def add_low_rank(layer):
+    torch.manual_seed(1)
+    parametrize.register_parametrization(layer, "weight", LowRank(layer.weight))
+
+
+def add_two(layer):
+    parametrizations.weight_norm(layer)
+    parametrize.register_parametrization(layer, "bias", nn.Softplus(), unsafe=True)
+
+
+def add_spectral_norm(layer):
+    torch.manual_seed(1)
+    parametrizations.spectral_norm(layer)
+
+
+def add_hooked_spectral_norm(layer):
+    torch.manual_seed(1)
+    nn.utils.spectral_norm(layer)
+
+
+def remove_parametrizations(layer):
+    for name in list(layer.parametrizations):
+        parametrize.remove_parametrizations(layer, name)
+
+
+def pruned(layer):
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+# How to give a layer's weight another form, and how to undo it.
+FORMS = {
+    "weight_norm": (parametrizations.weight_norm, remove_parametrizations),
+    "orthogonal": (lambda layer: parametrizations.orthogonal(layer, use_trivialization=False), remove_parametrizations),
+    "spectral_norm": (add_spectral_norm, remove_parametrizations),
+    "low rank": (add_low_rank, remove_parametrizations),
+    "two": (add_two, remove_parametrizations),
+    "hooked weight_norm": (nn.utils.weight_norm, nn.utils.remove_weight_norm),
+    "hooked spectral_norm": (add_hooked_spectral_norm, nn.utils.remove_spectral_norm),
+    "pruned": (pruned, lambda layer: prune.remove(layer, "weight")),
+}
+LAYERS = {"Linear": (lambda: nn.Linear(64, 8), (20, 64)), "Conv2d": (lambda: nn.Conv2d(3, 8, 3), (4, 3, 9, 9))}
+
+
+def trained(layer, x):
+    """Output and gradients of a training step, by the names of the parameters."""
+    layer.zero_grad()
+    y = layer(x)
+    y.square().sum().backward()
+    return {"": y.detach()} | {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
+
+
+def held(model, x):
+    with dropit.CacheMeter(model, retain=False) as meter:
+        y = model(x)
+    del y
+    return meter.total_bytes
+
+
+def state_of(layer):
+    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize("order", ["form convert", "convert form"])
+@pytest.mark.parametrize("undo", ["form convert", "convert form"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_parametrizing_and_converting_go_in_any_order_and_so_does_undoing_them(kind, form, order, undo):
+    make, shape = LAYERS[kind]
+    torch.manual_seed(0)
+    plain, x = make(), torch.randn(shape)
+    ours = copy.deepcopy(plain)
+    apply, unapply = FORMS[form]
+
+    apply(plain)
+    for step in order.split():
+        if step == "form":
+            apply(ours)
+        else:
+            dropit.to_dropit(ours, gamma=0.0)
+    (row,) = dropit.coverage(ours)
+    assert (row.type, row.status) == (kind, "converted")
+    assert isinstance(ours, DropITLayer)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(trained(ours, x), trained(plain, x))
+    assert held(dropit.to_dropit(ours, gamma=0.9), x) < held(plain, x)
+    dropit.to_dropit(ours, gamma=0.0)
+
+    unapply(plain)
+    for step in undo.split():
+        if step == "form":
+            unapply(ours)
+        else:
+            dropit.from_dropit(ours)
+    assert type(ours) is type(plain)
+    assert repr(ours) == repr(plain)
+    torch.testing.assert_close(state_of(ours), state_of(plain))
+    torch.testing.assert_close(trained(ours, x), trained(plain, x))
+
+
+def test_a_parametrized_layer_has_its_plain_class_back():
+    layer = parametrizations.weight_norm(nn.Linear(64, 8))
+    text = repr(layer)
+    assert repr(dropit.from_dropit(dropit.to_dropit(layer))) == text
+    layer = dropit.to_dropit(nn.Linear(64, 8))
+    assert repr(dropit.from_dropit(parametrizations.weight_norm(layer))) == text
+
+
+def test_a_copy_of_a_parametrized_converted_layer_is_one():
+    torch.manual_seed(0)
+    layer, x = parametrizations.weight_norm(dropit.to_dropit(nn.Linear(64, 8))), torch.randn(20, 64)
+    other = copy.deepcopy(layer)
+    torch.testing.assert_close(trained(other, x), trained(layer, x))
+    assert dropit.coverage(other)[0].status == "converted"
+    dropit.from_dropit(layer)
+    assert dropit.coverage(other)[0].status == "converted"
+    torch.testing.assert_close(other(x), layer(x))
+
+
+@pytest.mark.parametrize("make", [Subclass, nn.Linear])
+def test_a_parametrized_converted_layer_is_pickled_as_little_as_a_parametrized_one(make):
+    """Its parametrization would be lost without a word."""
+    layer = parametrizations.weight_norm(dropit.to_dropit(make(64, 8)))
+    with pytest.raises(RuntimeError, match="only supported through state_dict"):
+        pickle.dumps(layer)
+
+
+class WithState(nn.Linear):
+    """It is pickled in a way of its own."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.lock, self.copied = threading.Lock(), False
+
+    def __getstate__(self):
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock, self.copied = threading.Lock(), True
+
+
+class Remade(nn.Linear):
+    def __reduce__(self):
+        return Remade.remake, (self.in_features, self.out_features, self.weight), self.__dict__
+
+    @classmethod
+    def remake(cls, fan_in, fan_out, weight):
+        layer = cls(fan_in, fan_out)
+        layer.weight, layer.copied = weight, True
+        return layer
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("kind", [WithState, Remade])
+def test_a_subclass_says_itself_how_it_is_copied(kind, duplicate):
+    layer = dropit.to_dropit(kind(64, 8))
+    other = duplicate(layer)
+    assert type(other) is type(layer)
+    assert other.copied
+    x = torch.randn(20, 64)
+    torch.testing.assert_close(trained(other, x), trained(layer, x))
+
+
+def hooked(forward):
+    @functools.wraps(forward)
+    def wrapper(*args):
+        return forward(*args) + 1
+
+    return wrapper
+
+
+def stored(module):
+    """As accelerate does."""
+
+    def forward(module, x):
+        return module._old_forward(x) + 1
+
+    module._old_forward = module.forward
+    module.forward = types.MethodType(forward, module)
+
+
+class Calling:
+    def __init__(self, forward):
+        self.inner = forward
+
+    def __call__(self, x):
+        return self.inner(x) + 1
+
+    def run(self, x):
+        return self(x)
+
+
+WRAPPERS = {
+    "closure": lambda module: setattr(module, "forward", hooked(module.forward)),
+    "attribute": stored,
+    "partial": lambda module: setattr(module, "forward", functools.partial(lambda f, x: f(x) + 1, module.forward)),
+    "object": lambda module: setattr(module, "forward", Calling(module.forward)),
+    "objects method": lambda module: setattr(module, "forward", Calling(module.forward).run),
+    "itself": lambda module: setattr(module, "forward", module.forward),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_module_whose_forward_was_replaced_is_left_alone(wrap):
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 8))
+    wrap(model[0])
+    x = torch.randn(20, 64)
+    expected = model(x)
+    dropit.to_dropit(model, gamma=0.9)
+    assert type(model[0]) is nn.Linear
+    assert [row.status for row in dropit.coverage(model)] == [
+        "not converted: its forward was replaced on the module itself",
+        "converted",
+    ]
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match="converted 0 of 1: Linear x1: not converted: its forward was replaced"):
+        dropit.to_dropit(model[0])
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_converted_module_whose_forward_is_wrapped_stays_converted(wrap):
+    layer = dropit.to_dropit(nn.Linear(64, 8), gamma=0.9)
+    wrap(layer)
+    x = torch.randn(20, 64)
+    assert held(layer, x) == layer.strategy.pack(x).nbytes
+    assert dropit.coverage(layer)[0].status == "converted"
+    dropit.to_dropit(layer, gamma=0.5)
+    assert layer.strategy.gamma == 0.5
+
+
+def test_a_converted_module_whose_forward_is_another_is_not_reported_converted():
+    layers = [dropit.to_dropit(nn.Linear(8, 8)) for _ in range(3)]
+    before = nn.Linear(8, 8)
+    layers[0].forward = lambda x: x
+    layers[1].forward = layers[2].forward  # which is bound to the other
+    layers[2].forward = before.forward
+    for layer in layers:
+        assert dropit.coverage(layer)[0].status == "not converted: its forward was replaced on the module itself"
+
+
+def test_accelerates_hooks_are_seen():
+    hooks = pytest.importorskip("accelerate.hooks")
+    before, after = nn.Linear(64, 8), dropit.to_dropit(nn.Linear(64, 8))
+    for layer in (before, after):
+        hooks.add_hook_to_module(layer, hooks.ModelHook())
+    assert dropit.coverage(after)[0].status == "converted"
+    with pytest.raises(ValueError, match="its forward was replaced"):
+        dropit.to_dropit(before)
+
+
+class Named(nn.Linear):
+    """It has what DropIT calls its own things by."""
+
+    packer = "class attribute"
+    plain = True
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.kind = "mine"
+
+    @property
+    def strategy(self):
+        return self.kind
+
+    @strategy.setter
+    def strategy(self, kind):
+        self.kind = kind
+
+
+class Forwarding(nn.Linear):
+    def __getattr__(self, name):
+        return "forwarded" if name == "strategy" else super().__getattr__(name)
+
+
+def with_attributes(layer):
+    layer.packer, layer.strategy, layer.plain = "mine", 3, None
+    return layer
+
+
+def with_modules(layer):
+    layer.packer, layer.strategy = nn.ReLU(), nn.Linear(2, 2)
+    return layer
+
+
+def with_tensors(layer):
+    layer.packer = nn.Parameter(torch.ones(2))
+    layer.register_buffer("strategy", torch.ones(3))
+    return layer
+
+
+OWNERS = {
+    "class": lambda: Named(64, 8),
+    "getattr": lambda: Forwarding(64, 8),
+    "attributes": lambda: with_attributes(nn.Linear(64, 8)),
+    "attributes of a subclass": lambda: with_attributes(Subclass(64, 8)),
+    "modules": lambda: with_modules(nn.Linear(64, 8)),
+    "tensors": lambda: with_tensors(nn.Linear(64, 8)),
+}
+
+
+@pytest.mark.parametrize("make", OWNERS.values(), ids=OWNERS)
+def test_what_a_layer_calls_packer_or_strategy_itself_stays_its_own(make):
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(40, 64)
+    text, attributes, kind = repr(layer), dict(vars(layer)), type(layer)
+    before = {name: getattr(layer, name, None) for name in ("packer", "strategy", "plain")}
+    keys, size = list(layer.state_dict()), held(layer, x)
+    for model in (dropit.to_dropit(layer, gamma=0.9), copy.deepcopy(layer)):
+        assert dropit.coverage(model)[0].status == "converted"
+        assert held(model, x) < size / 3
+        assert list(model.state_dict()) == keys
+    for name, own in before.items():
+        if own is not None or name in attributes:
+            assert getattr(layer, name) is own
+    dropit.from_dropit(layer)
+    assert (type(layer), repr(layer), vars(layer)) == (kind, text, attributes)
+
+
+def test_names_of_ones_own_can_be_set_on_a_converted_layer():
+    layer = dropit.to_dropit(Named(64, 8))
+    layer.strategy = "new"
+    assert (layer.strategy, layer.kind) == ("new", "new")
+    layer = dropit.to_dropit(nn.Linear(64, 8))
+    layer.strategy = layer.packer = 5
+    assert (layer.strategy, layer.packer) == (5, 5)
+    assert dropit.coverage(layer)[0].status == "converted"
+    del layer.strategy
+    assert layer.strategy == FastMinK(0.9)
+
+
+def test_a_layer_whose_own_names_are_in_the_way_is_left_alone():
+    class Packing(nn.Linear):
+        def packs(self):
+            return "boxes"
+
+    layer = nn.Linear(8, 8)
+    layer.saves = True
+    model = dropit.to_dropit(nn.Sequential(Packing(8, 8), layer, nn.Linear(8, 8)))
+    assert [row.status for row in dropit.coverage(model)] == [
+        "not converted: its own 'packs' is a name that DropIT's layer needs",
+        "not converted: its own 'saves' is a name that DropIT's layer needs",
+        "converted",
+    ]
+    model(torch.randn(4, 8)).sum().backward()
+    assert model[0].packs() == "boxes"
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize("undo", [dropit.from_dropit, lambda m: dropit.to_dropit(m, compress="lossless")])
+def test_undoing_it_reaches_layers_whose_forward_is_wrapped(wrap, undo):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.Conv1d(1, 1, 3), nn.ReLU())
+    plain.forward = lambda x: plain[4](plain[3](plain[2](plain[1](plain[0](x))).unsqueeze(1)))
+    ours, x = copy.deepcopy(list(plain)), torch.randn(20, 64)
+    ours = dropit.to_dropit(nn.ModuleList(ours), compress="int8", gamma=0.9)
+    for layers in (plain, ours):
+        for layer in layers:
+            wrap(layer)
+
+    def run(layers):
+        first, norm, curve, conv, relu = layers
+        return relu(conv(curve(norm(first(x))).unsqueeze(1)))
+
+    undo(ours)
+    if undo is dropit.from_dropit:
+        assert dropit.coverage(ours).converted == 0
+        with dropit.CacheMeter(ours) as meter:
+            ours_y = run(ours)
+        with dropit.CacheMeter(plain) as expected:
+            plain_y = run(plain)
+        assert meter.total_bytes == expected.total_bytes
+        assert torch.equal(ours_y, plain_y)
+        assert "dropit" not in str(ours.state_dict()._metadata)
+    assert [row.status.split(":")[0] for row in dropit.coverage(ours)][1:3] == ["plain", "plain"]
+    dropit.to_dropit(ours, compress="int8", gamma=0.0)
+    assert dropit.coverage(ours).converted == 5
+    run(ours).sum().backward()
+
+
+def test_a_class_that_was_laid_over_a_converted_layer_stays():
+    class Loud:
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer, x = dropit.to_dropit(nn.Linear(64, 8), gamma=0.9), torch.randn(20, 64)
+    layer.__class__ = type("LoudLinear", (Loud, type(layer)), {})
+    assert held(layer, x) < 20 * 64
+    assert held(dropit.from_dropit(layer), x) == 20 * 64 * 4
+    assert type(layer).__mro__[:3] == (type(layer), Loud, nn.Linear)
+    torch.testing.assert_close(layer(x), 2 * nn.functional.linear(x, layer.weight, layer.bias))
+
+    layer = dropit.to_dropit(nn.Linear(64, 8), gamma=0.9)
+
+    class LouderLinear(type(layer)):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    layer.__class__ = LouderLinear
+    assert held(dropit.from_dropit(layer), x) == 20 * 64 * 4
+    torch.testing.assert_close(layer(x), 3 * nn.functional.linear(x, layer.weight, layer.bias))
+    assert dropit.coverage(layer)[0].status.startswith("plain")
+
+
+@pytest.mark.parametrize("first", ["convert", "replace"])
+def test_a_convolution_whose_inner_forward_is_replaced_pads_as_it_says(first):
+    """As image generators do for tiles that fit together."""
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(3, 8, 3, padding=1), torch.randn(2, 3, 9, 9)
+
+    def circular(self, input, weight, bias):
+        return nn.functional.conv2d(nn.functional.pad(input, (1, 1, 1, 1), mode="circular"), weight, bias)
+
+    expected = circular(layer, x, layer.weight, layer.bias)
+    model = nn.Sequential(layer, nn.Conv2d(8, 8, 3))
+    for step in sorted(["convert", "replace"], key=lambda step: step != first):
+        if step == "convert":
+            dropit.to_dropit(model, gamma=0.0)
+        else:
+            layer._conv_forward = types.MethodType(circular, layer)
+    assert torch.equal(layer(x), expected)
+    assert dropit.coverage(model)[0].status == "not converted: its forward was replaced on the module itself"
+    assert type(dropit.from_dropit(model)[0]) is nn.Conv2d
+
+
+def deep_net():
+    """A layer of each kind, and a parameter that they read."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries = nn.Parameter(torch.randn(4, 64))
+            self.linear, self.norm, self.curve, self.relu = nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU(), nn.ReLU()
+            self.attention, self.conv = nn.MultiheadAttention(64, 4), nn.Conv1d(64, 64, 1)
+
+        def forward(self, x):
+            q = self.queries
+            read = self.linear(q) + self.norm(q) + self.curve(q) + self.relu(q) + self.attention(q, q, q)[0]
+            return self.conv((x[:, None] + read).mT)
+
+    return Net()
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_parameters_can_be_swapped_after_a_step(compress):
+    """Which one that is known by a weak reference cannot be."""
+    model, x = dropit.to_dropit(deep_net(), compress=compress), torch.randn(2, 64)
+    model(x).sum().backward()
+    model.zero_grad()
+    model.to(torch.float64)(x.double()).sum().backward()
+    model.zero_grad()
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(torch.ones_like(parameter)))
+    assert model.conv.weight.sum() == 64 * 64
+    model(x.double()).sum().backward()
+
+
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_a_whole_model_can_be_saved(compress):
+    model, x, file = dropit.to_dropit(small_net(), compress=compress), torch.randn(2, 3, 8, 8), io.BytesIO()
+    model(x).sum().backward()
+    torch.save(model, file)
+    file.seek(0)
+    other = torch.load(file, weights_only=False)
+    assert repr(other) == repr(model)
+    assert held(other, x) == held(model, x)
+    assert torch.equal(other(x), model(x))
+
+
+def test_a_replica_is_converted():
+    layer = dropit.to_dropit(nn.Linear(64, 8))
+    replica = layer._replicate_for_data_parallel()  # as DataParallel makes them
+    replica.weight, replica.bias = layer.weight * 1, layer.bias * 1
+    x = torch.randn(20, 64)
+    assert held(replica, x) == held(layer, x)
+    replica(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_lazy_layers_wait_for_another_time():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8)), torch.randn(4, 8)
+    assert dropit.coverage(dropit.to_dropit(model)).converted == 1
+    model(x)
+    assert dropit.coverage(dropit.to_dropit(model)).converted == 2
+    model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyBatchNorm1d())
+    assert dropit.coverage(dropit.to_dropit(model, budget="1 GiB", example_input=x)).converted == 1
+
+
+@pytest.mark.parametrize("order", ["convert shard", "shard convert"])
+def test_sharding_and_converting_go_in_any_order(order, tmp_path):
+    """It lays a class over the module's, too."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/store")
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        layer, x = nn.Linear(64, 8), torch.randn(40, 64)
+        for step in order.split():
+            if step == "convert":
+                dropit.to_dropit(layer, gamma=0.9)
+            else:
+                fsdp.fully_shard(layer, mesh=mesh)
+        assert [(row.type, row.status) for row in dropit.coverage(layer)] == [("Linear", "converted")]
+        layer(x).sum().backward()
+        dropit.from_dropit(layer)
+        assert isinstance(layer, fsdp.FSDPModule)
+        assert type(layer).__name__ == "FSDPLinear"
+        layer(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()

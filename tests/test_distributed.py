@@ -1,15 +1,15 @@
 """Two processes over gloo on the CPU: DDP and FSDP2 train converted models as plain ones."""
 
 import os
-import socket
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import dropit
+from tests import processes
 
 WORLD = 2
 
@@ -30,9 +30,9 @@ def single_process_gradients():
     return [parameter.grad for parameter in model.parameters()]
 
 
-def run(rank, port, kind):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+def run(rank, kind, store):
+    """What this file does when run by itself."""
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
     try:
         model = build()
         if kind == "ddp":
@@ -61,8 +61,12 @@ def run(rank, port, kind):
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_give_the_gradients_of_one(kind):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(run, args=(port, kind), nprocs=WORLD)
+def test_two_processes_give_the_gradients_of_one(kind, tmp_path):
+    command = [sys.executable, "-m", "tests.test_distributed"]
+    commands = [[*command, str(rank), kind, str(tmp_path / "store")] for rank in range(WORLD)]
+    ended = processes.run_together(commands, cwd=processes.ROOT)
+    assert [done.returncode for done in ended] == [0] * WORLD, ended
+
+
+if __name__ == "__main__":
+    run(int(sys.argv[1]), *sys.argv[2:])

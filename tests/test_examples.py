@@ -2,11 +2,12 @@
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -20,8 +21,7 @@ def test_there_is_one_for_each_kind_of_loop():
 def test_it_learns_and_holds_less(path, tmp_path):
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(path), "3"]
-    done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = processes.run(command, cwd=tmp_path, env=offline, check=True)
     cache, plain = map(
         float, re.search(r"^cache +([\d.]+) MiB held for backward, ([\d.]+) plain$", done.stdout, re.M).groups()
     )

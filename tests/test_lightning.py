@@ -3,7 +3,6 @@
 import copy
 import csv
 import random
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import dropit
 from dropit import CacheMonitor, DropITCallback
+from tests import processes
 
 MIB = 2**20
 
@@ -390,10 +390,7 @@ def test_a_data_set_that_the_module_holds_is_not_copied():
 
 @pytest.mark.ddp
 def test_two_processes_train_alike(tmp_path):
-    monitor = DropITCallback("mink", 0.8, per_sample=True)
-    module = Net()
-    trainer = make_trainer([monitor, Recorder(tmp_path)], strategy="ddp_fork", devices=2, epochs=2)
-    trainer.fit(module, loader())
+    processes.run([sys.executable, "-m", "tests.test_lightning", str(tmp_path)], cwd=processes.ROOT, check=True)
     records = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for record in records:
         assert record["types"] == {"DropITConv2d"}
@@ -401,6 +398,12 @@ def test_two_processes_train_alike(tmp_path):
         assert record["cache_mb"] < 0.8 * record["dense_mb"]
         assert record["steps"] == 2  # a batch of 20 of each process's 20
     assert all(torch.equal(a, b) for a, b in zip(records[0]["weights"], records[1]["weights"], strict=True))
+
+
+def train_in_two_processes(directory):
+    """What this file does when run by itself; Lightning then runs it a second time."""
+    callbacks = [DropITCallback("mink", 0.8, per_sample=True), Recorder(directory)]
+    make_trainer(callbacks, strategy="ddp", devices=2, epochs=2).fit(Net(), loader())
 
 
 class Recorder(Callback):
@@ -422,7 +425,7 @@ class Recorder(Callback):
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return processes.run([sys.executable, "-c", code])
 
 
 def test_without_lightning_all_else_works_and_the_error_says_what_to_install():
@@ -459,3 +462,7 @@ def test_an_unknown_name_is_still_an_attribute_error():
 
 def test_the_callback_can_be_copied():
     assert copy.deepcopy(DropITCallback("random", 0.5))._gamma == 0.5
+
+
+if __name__ == "__main__":
+    train_in_two_processes(Path(sys.argv[1]))

@@ -1,13 +1,14 @@
 """What a wheel and an sdist carry."""
 
 import shutil
-import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,9 +22,7 @@ def archives(tmp_path_factory):
     build = "import sys; from setuptools import build_meta as b; print(b.build_{}('.'))"
     names = []
     for kind in ("wheel", "sdist"):
-        done = subprocess.run(
-            [sys.executable, "-c", build.format(kind)], cwd=source, capture_output=True, text=True, check=True
-        )
+        done = processes.run([sys.executable, "-c", build.format(kind)], cwd=source, check=True)
         names.append(source / done.stdout.splitlines()[-1])
     return names
 

@@ -73,9 +73,15 @@ def test_what_was_packed_dies_with_its_tensor():
     packer = Packer(MinK(0.9))
     x = torch.randn(100)
     values = weakref.ref(packer.pack(x, x).values)
-    assert packer.pack(x, x).values is values()
+    assert packer.for_layer("another").pack(x, x).values is values()
     del x
     assert values() is None
+
+
+def test_a_layer_that_reads_a_tensor_again_packs_it_again():
+    packer = Packer(MinK(0.9))
+    x = torch.randn(100)
+    assert packer.pack(x, x).values is not packer.pack(x, x).values
 
 
 def test_nothing_grows_over_a_thousand_steps():
@@ -102,7 +108,7 @@ def test_nothing_grows_over_a_thousand_steps():
     for number in range(1000):
         step(number)
     assert tensors() <= before
-    assert len(packer._known) == 0
+    assert len(packer._shared.known) == 0
 
 
 def test_a_hugging_face_vit_layer_holds_one_packed_copy_of_what_its_projections_read():
@@ -133,4 +139,124 @@ def test_a_copy_has_the_strategy_and_a_memory_of_its_own(duplicate):
 
 def test_the_layers_of_a_copied_model_still_share():
     model = copy.deepcopy(dropit.to_dropit(Projections()))
-    assert model.q.packer is model.k.packer is model.v.packer
+    x = torch.randn(40, 64)
+    with dropit.CacheMeter(model) as meter:
+        y = model(x)
+    assert meter.total_bytes == model.q.strategy.pack(x).nbytes
+    del y
+
+
+def refilled_through_numpy(x, new):
+    x.numpy()[:] = new.numpy()
+
+
+def stepped_through_data(x, new):
+    x.data.copy_(new)
+
+
+@pytest.mark.parametrize("refill", [refilled_through_numpy, stepped_through_data])
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_a_buffer_refilled_between_steps_is_packed_anew(refill, compress):
+    model = dropit.to_dropit(Projections(), "mink", 0.9, compress=compress)
+    buffer = torch.randn(40, 64)
+    for _ in range(3):
+        model.zero_grad()
+        model(buffer).sum().backward()
+        expected = torch.ones(32, 40) @ masked(model.q.packer, buffer)
+        for layer in (model.q, model.k, model.v):
+            torch.testing.assert_close(layer.weight.grad, expected)
+        refill(buffer, torch.randn(40, 64))
+
+
+def test_a_refill_between_two_readers_that_no_version_tells_is_noticed():
+    model = dropit.to_dropit(Projections(), "mink", 0.9)
+    x = torch.randn(40, 64)
+    first, before = model.q(x), x.clone()
+    x.numpy()[:] = -x.numpy()[::-1]
+    (first + model.k(x)).sum().backward()
+    for layer, seen in ((model.q, before), (model.k, x)):
+        torch.testing.assert_close(layer.weight.grad, torch.ones(32, 40) @ masked(layer.packer, seen))
+
+
+def test_learned_queries_stepped_through_data_are_packed_anew():
+    queries = nn.Parameter(torch.randn(40, 64))
+    linear = dropit.to_dropit(nn.Linear(64, 32), "mink", 0.9)
+    for _ in range(3):
+        linear.zero_grad()
+        linear(queries).sum().backward()
+        torch.testing.assert_close(linear.weight.grad, torch.ones(32, 40) @ masked(linear.packer, queries))
+        queries.data.add_(torch.randn(40, 64))
+
+
+@pytest.mark.parametrize("name", ["random", "random_c"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_an_input_that_lives_on_is_drawn_from_at_each_step(name, seed):
+    linear = dropit.to_dropit(nn.Linear(64, 32), name, 0.5, seed=seed)
+    x = torch.ones(40, 64)
+    seen = set()
+    for _ in range(5):
+        linear.zero_grad()
+        linear(x).sum().backward()
+        seen.add(tuple(linear.weight.grad[0].tolist()))
+    assert len(seen) == 5
+
+
+RANDOM = {
+    "random": {"strategy": "random"},
+    "random channels": {"strategy": "random_c"},
+    "stochastic": {"compress": "int8", "stochastic": True},
+    "attention": {"compress": "int8"},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_random_numbers_of_our_own_leave_pytorchs_generator_alone(name):
+    plain = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.2, batch_first=True)
+    ours = dropit.to_dropit(copy.deepcopy(plain), **RANDOM[name])
+    x = torch.randn(4, 9, 32)
+    states = []
+    for model in (plain, ours):
+        torch.manual_seed(0)
+        model(x.requires_grad_()).square().sum().backward()
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("name", ["random", "random channels", "stochastic"])
+def test_the_same_seed_makes_the_same_choices(name):
+    grads = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        model = dropit.to_dropit(nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 4)), **RANDOM[name])
+        for _ in range(3):
+            model(torch.ones(8, 16)).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(map(torch.equal, *grads))
+
+
+@pytest.mark.parametrize("name", ["random", "random channels", "stochastic"])
+def test_a_loaded_state_goes_on_with_the_next_choice(name):
+    def build():
+        torch.manual_seed(5)
+        return dropit.to_dropit(nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Linear(32, 4)), **RANDOM[name])
+
+    def step(model):
+        model.zero_grad()
+        model(torch.ones(8, 16)).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    model = build()
+    step(model)
+    state = pickle.loads(pickle.dumps(model.state_dict()))
+    second = step(model)
+    resumed = build()
+    resumed.load_state_dict(state)
+    assert all(map(torch.equal, step(resumed), second))
+    assert state.keys() == dropit.from_dropit(build()).state_dict().keys()
+
+
+def test_layers_choose_for_themselves():
+    model = dropit.to_dropit(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "random", 0.5, seed=0)
+    x = torch.ones(8, 16)
+    kept = [masked(layer.packer, x) for layer in model]
+    assert not torch.equal(*kept)

@@ -8,12 +8,17 @@ import dropit
 from dropit import ops
 from dropit.packed import keep_dense
 from dropit.packer import Packer
-from dropit.stored import Stored, offer, offered
+from dropit.stored import Offered, Stored, offer, offered
 from dropit.strategies import MinK
 
 
 def restored(stored):
     return stored.restore(*stored.tensors)
+
+
+def of(x):
+    """An offer of ``x`` as it is."""
+    return Offered(Stored.of(keep_dense(x)), 8)
 
 
 def test_what_is_packed_comes_back_as_unpacked():
@@ -32,8 +37,8 @@ def test_a_function_of_what_is_stored():
 def test_an_offer_is_for_that_very_tensor():
     x = torch.randn(2, 3)
     assert offered(x) is None
-    assert offer(x, Stored.of(keep_dense(x * 2))) is x
-    assert torch.equal(restored(offered(x)), x * 2)
+    assert offer(x, of(x * 2)) is x
+    assert torch.equal(restored(offered(x).stored), x * 2)
     assert offered(x.clone()) is None
     assert offered(x[:1]) is None
     assert offer(x, None) is x
@@ -52,14 +57,14 @@ VIEWS = {
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_an_offer_is_for_all_views_of_the_whole(name, order):
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=order)
-    offer(x, Stored.of(keep_dense(x * 2)))
+    offer(x, of(x * 2))
     try:
         view = VIEWS[name](x)
     except RuntimeError:
         pytest.skip("no view in this order")
     if view._base is None:
         pytest.skip("a copy")
-    got = restored(offered(view))
+    got = restored(offered(view).stored)
     assert torch.equal(got, view * 2)
     assert got.stride() == (view * 2).stride()
 
@@ -67,7 +72,7 @@ def test_an_offer_is_for_all_views_of_the_whole(name, order):
 @pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: x.view(-1)[:2].zero_(), lambda x: x.relu_()])
 def test_a_change_in_place_ends_the_offer(change):
     x = torch.randn(2, 3)
-    offer(x, Stored.of(keep_dense(x.clone())))
+    offer(x, of(x.clone()))
     view = x.view(6)
     change(x)
     assert offered(x) is None
@@ -79,7 +84,7 @@ def test_an_offer_dies_with_its_tensor():
 
     before = len(stored._offers)
     x = torch.randn(2, 3)
-    offer(x, Stored.of(keep_dense(x.clone())))
+    offer(x, of(x.clone()))
     assert len(stored._offers) == before + 1
     del x
     assert len(stored._offers) == before
@@ -88,11 +93,11 @@ def test_an_offer_dies_with_its_tensor():
 def test_a_packer_stores_nothing_more():
     x = torch.randn(8, 100)
     packer = Packer(MinK(0.9), bits=8)
-    held = Stored.of(keep_dense(x.clone()))
+    held = of(x.clone())
     offer(x, held)
-    assert packer.store(x, x).tensors == packer.store_all(x).tensors == held.tensors
+    assert packer.store(x, x).tensors == packer.store_all(x).tensors == held.stored.tensors
     cast = packer.store(x.bfloat16(), x)
-    assert cast.tensors == held.tensors
+    assert cast.tensors == held.stored.tensors
     assert restored(cast).dtype is torch.bfloat16
 
 
@@ -188,3 +193,53 @@ def test_weights_may_change_before_backward():
             (grad_through,) = torch.autograd.grad(y.sum(), model[1].weight)
         grads.append(grad_through)
     assert torch.equal(*grads)
+
+
+UNSEEN = {
+    "through .data": lambda x: x.data.mul_(2),
+    "through NumPy": lambda x: x.detach().numpy().__imul__(2),
+    "through DLPack": lambda x: torch.from_dlpack(x.detach()).mul_(2),
+}
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ReLU()], ids=["", "ReLU"])
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_change_that_no_version_tells_ends_the_offer(name, between):
+    torch.manual_seed(0)
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 8)
+    dropit.to_dropit(nn.Sequential(norm, between, linear), gamma=0.0, compress="int8")
+    y = between(norm(torch.randn(40, 64)))
+    UNSEEN[name](y)
+    grad_output = torch.randn(40, 8)
+    linear(y).backward(grad_output)
+    exact = grad_output.t() @ y.detach()
+    assert (linear.weight.grad - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_stored_by_reference_may_change_before_it_is_read(dtype):
+    """In half precision 16 bits save nothing: the activation keeps its input as it is, for its own backward pass."""
+    act, linear = nn.GELU(), nn.Linear(64, 8, dtype=dtype)
+    dropit.to_dropit(nn.Sequential(act, linear), gamma=0.0, compress="int16")
+    x = torch.randn(40, 64, dtype=dtype, requires_grad=True)
+    hidden = x * 1
+    y = act(hidden)
+    before = y.detach().clone()
+    with torch.no_grad():
+        hidden.add_(1)
+    grad_output = torch.randn(40, 8, dtype=dtype)
+    (grad,) = torch.autograd.grad(linear(y), linear.weight, grad_output)
+    exact = grad_output.t() @ before
+    assert (grad - exact).norm() < 0.02 * exact.norm()
+
+
+def test_a_change_of_a_parameter_after_the_offer_is_none_of_the_readers_business():
+    norm, linear = nn.LayerNorm(64), nn.Linear(64, 8)
+    dropit.to_dropit(nn.Sequential(norm, linear), gamma=0.0, compress="int8")
+    y = norm(torch.randn(40, 64))
+    with torch.no_grad():
+        norm.weight.mul_(3)
+    grad_output = torch.randn(40, 8)
+    (grad,) = torch.autograd.grad(linear(y), linear.weight, grad_output)
+    exact = grad_output.t() @ y.detach()
+    assert (grad - exact).norm() < 0.01 * exact.norm()

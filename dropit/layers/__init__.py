@@ -12,11 +12,22 @@ from dropit.layers import (
     relu,
     transformer,
 )
-from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer, QuantizedLayer
+from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer, QuantizedLayer, is_converted
 from dropit.layers.linear import dropit_linear
-from dropit.layers.table import SWAPS, parent_in_table, plain_type, register, swap_for
+from dropit.layers.table import (
+    PARTS_OF_FORWARD,
+    SWAPS,
+    has_fixed_type,
+    in_the_way,
+    parent_in_table,
+    plain_type,
+    register,
+    set_own_type,
+    swap_for,
+)
 
 __all__ = [
+    "PARTS_OF_FORWARD",
     "SWAPS",
     "DropITLayer",
     "LosslessLayer",
@@ -29,12 +40,16 @@ __all__ = [
     "dropit_linear",
     "dropout",
     "functional_attention",
+    "has_fixed_type",
+    "in_the_way",
+    "is_converted",
     "norm",
     "parent_in_table",
     "plain_type",
     "pool",
     "register",
     "relu",
+    "set_own_type",
     "swap_for",
     "transformer",
 ]

@@ -11,9 +11,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from dropit.layers.layer import PackedInputLayer
-from dropit.layers.linear import dropit_linear
+from dropit.layers.linear import as_rows, dropit_linear
 from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_attention
 from dropit.layers.table import register
 
@@ -36,8 +37,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: (L, N, E) or, with batch_first, (N, L, E), or unbatched (L, E)."""
-        weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        if not any(self.packs(weight) for weight in (*weights, self.out_proj.weight) if weight is not None):
+        if not self._packs(query, key, value):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -56,22 +56,39 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         q, k, v = (self._heads(x) for x in (q, k, v))  # (N, heads, L, head_dim)
         weights_out = None
         form = Form(self.dropout, hint)
-        if self.packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
-            output = dropit_attention(q, k, v, self.out_proj.weight, self.out_proj.bias, mask, form, self.packer)
+        weight, bias = self.out_proj.weight, self.out_proj.bias
+        if self._dropit_packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
+            output = dropit_attention(q, k, v, weight, bias, mask, form, self._dropit_packer)
         else:
             attend = self._attend_with_weights if need_weights else self._attend
             context, weights_out, held = attend(q, k, v, mask, hint)
-            # Attention holds its output for itself: a packed copy on top would free nothing.
-            linear = F.linear if held else self._linear
-            output = linear(context.reshape(length, samples, self.embed_dim), self.out_proj.weight, self.out_proj.bias)
+            output = self._project(context.reshape(length, samples, self.embed_dim), weight, bias, held)
         if weights_out is not None and average_attn_weights:
             weights_out = weights_out.mean(dim=1)
         if not batched:
             return output.squeeze(1), None if weights_out is None else weights_out.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights_out
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return dropit_linear(input, weight, bias, self.packer, batch_dim=1)
+    def _packs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        if not self.saves(query=query, key=key, value=value) or is_parametrized(self):
+            return False
+        if not query.is_floating_point() or query.numel() == 0:
+            return False
+        if is_parametrized(self.out_proj):  # its weight is computed anew each time it is read
+            return True
+        weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        return any(weight is not None and weight.requires_grad for weight in (*weights, self.out_proj.weight))
+
+    def _project(self, context: Tensor, weight: Tensor, bias: Tensor | None, held: bool) -> Tensor:
+        """Attention's output (L, N, E), by rows, as PyTorch has it."""
+        if held:  # by attention for itself: a packed copy on top would free nothing
+            rows = F.linear(as_rows(context), weight, bias)
+        else:
+            rows = dropit_linear(context, weight, bias, self._dropit_packer, batch_dim=1, role="context", flat=True)
+        return rows.view(*context.shape[:-1], rows.shape[-1])
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, role: str) -> Tensor:
+        return dropit_linear(input, weight, bias, self._dropit_packer, batch_dim=1, role=role)
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""
@@ -86,23 +103,23 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         weight, bias = self.in_proj_weight, self.in_proj_bias
         if self._qkv_same_embed_dim and query is key and key is value:
-            return _apart(self._linear(query, weight, bias), 3)  # type: ignore[arg-type]
+            return _apart(self._linear(query, weight, bias, "query"), 3)  # type: ignore[arg-type]
         if self._qkv_same_embed_dim and key is value:
             sizes = [self.embed_dim, 2 * self.embed_dim]
             of_query, of_both = weight.split(sizes)  # type: ignore[union-attr]
             bias_query, bias_both = (None, None) if bias is None else bias.split(sizes)
-            both = _apart(self._linear(key, of_both, bias_both), 2)
-            return self._linear(query, of_query, bias_query), *both
+            both = _apart(self._linear(key, of_both, bias_both, "key"), 2)
+            return self._linear(query, of_query, bias_query, "query"), *both
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
-        return tuple(map(self._linear, (query, key, value), weights, biases))  # type: ignore[arg-type]
+        return tuple(map(self._linear, (query, key, value), weights, biases, ("query", "key", "value")))  # type: ignore[arg-type]
 
     def _extended(self, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values with those that bias_k, bias_v and add_zero_attn put at the end, which no mask hides."""
         samples = k.shape[1]
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.to(k.dtype).repeat(1, samples, 1)])
-            v = torch.cat([v, self.bias_v.to(v.dtype).repeat(1, samples, 1)])
+            k = torch.cat([k, self.bias_k.repeat(1, samples, 1)])
+            v = torch.cat([v, self.bias_v.repeat(1, samples, 1)])
             mask = None if mask is None else F.pad(mask, (0, 1))
         if self.add_zero_attn:
             zeros = k.new_zeros(1, samples, self.embed_dim)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import LosslessLayer, placeholder, save_form
+from dropit.layers.layer import (
+    LosslessLayer,
+    autocast_as,
+    each,
+    none_for_none,
+    placeholder,
+    save_form,
+    without_zeros,
+)
 from dropit.layers.table import register
 
 _aten = torch.ops.aten
+_PLAIN = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _FORWARD = {2: _aten.avg_pool2d, 3: _aten.avg_pool3d}
 _BACKWARD = {2: _aten.avg_pool2d_backward, 3: _aten.avg_pool3d_backward}
+_ADAPTIVE_PLAIN = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 _ADAPTIVE_FORWARD = {2: _aten._adaptive_avg_pool2d, 3: _aten._adaptive_avg_pool3d}
 _ADAPTIVE_BACKWARD = {2: _aten._adaptive_avg_pool2d_backward, 3: _aten._adaptive_avg_pool3d_backward}
 
@@ -30,10 +41,12 @@ class DropITAvgPoolFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
+        without_zeros(ctx)
         input, ctx.windows = inputs
         save_form(ctx, input)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each window's gradient, spread over its elements."""
         return _BACKWARD[len(ctx.windows[0])](grad_output, placeholder(ctx, grad_output), *ctx.windows), None
@@ -50,11 +63,13 @@ class DropITAdaptiveAvgPoolFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
+        without_zeros(ctx)
         input, sizes = inputs
         ctx.dimensions = len(sizes)
         save_form(ctx, input)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each window's gradient, spread over its elements."""
         return _ADAPTIVE_BACKWARD[ctx.dimensions](grad_output, placeholder(ctx, grad_output)), None
@@ -67,16 +82,16 @@ class _DropITAvgPool(LosslessLayer, nn.modules.pooling._AvgPoolNd):
         """input: (N, C, *spatial) or (C, *spatial)."""
         if not self.packs(input):
             return super().forward(input)  # type: ignore[misc]
-        sizes = [self._each(getattr(self, name)) for name in ("kernel_size", "stride", "padding")]
+        input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)  # type: ignore[operator]
+        given: list[Any] = [getattr(self, name) for name in ("kernel_size", "stride", "padding")]
+        given[1] = given[0] if given[1] is None else given[1]
+        sizes = [list(each(size, self.dimensions)) for size in given]
         rest = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
         if self.dimensions > 1:
             return DropITAvgPoolFunction.apply(input, (*sizes, *rest))
         # One dimension is two, as PyTorch has it.
         flat = [[neutral, *size] for neutral, size in zip((1, 1, 0), sizes, strict=True)]
         return DropITAvgPoolFunction.apply(input.unsqueeze(-2), (*flat, *rest)).squeeze(-2)
-
-    def _each(self, size: int | Sequence[int]) -> list[int]:
-        return [size] * self.dimensions if isinstance(size, int) else list(size)
 
 
 class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolNd):
@@ -87,6 +102,7 @@ class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolN
         sizes = self._sizes(input)
         if not self.packs(input) or all(size == 1 for size in sizes):  # that one is a mean, which keeps nothing
             return super().forward(input)  # type: ignore[misc]
+        input = autocast_as(partial(_ADAPTIVE_PLAIN[self.dimensions], output_size=1), input)
         if self.dimensions > 1:
             return DropITAdaptiveAvgPoolFunction.apply(input, sizes)
         return DropITAdaptiveAvgPoolFunction.apply(input.unsqueeze(-2), [1, *sizes]).squeeze(-2)

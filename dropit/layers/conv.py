@@ -10,9 +10,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, autocast, first_order_only
+from dropit.layers.layer import (
+    PackedInputLayer,
+    anchor,
+    autocast,
+    each,
+    first_order_only,
+    none_for_none,
+    placeholder,
+    save_form,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
+
+# By the weight's dimensions.
+_PLAIN = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_PLAIN_TRANSPOSE = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}
 
 
 class Geometry(NamedTuple):
@@ -24,6 +38,14 @@ class Geometry(NamedTuple):
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+
+    @classmethod
+    def of(cls, layer: nn.modules.conv._ConvNd, weight: Tensor, padding: Any, output_padding: Any = 0) -> Geometry:
+        """What ``layer`` has now, which may have been set after construction, to one number for all dimensions."""
+        dimensions = weight.dim() - 2
+        stride, dilation = each(layer.stride, dimensions), each(layer.dilation, dimensions)
+        extra = each(output_padding, dimensions)
+        return cls(stride, each(padding, dimensions), dilation, layer.transposed, extra, layer.groups)
 
 
 class DropITConvFunction(Function):
@@ -37,6 +59,7 @@ class DropITConvFunction(Function):
         weight: Tensor,
         bias: Tensor | None,
         geometry: Geometry,
+        anchor: Tensor | None,
         restore: Callable[..., Tensor] | None,
         *stored: Tensor | None,
     ) -> Tensor:
@@ -46,24 +69,26 @@ class DropITConvFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the weight and what is stored of the input."""
-        input, weight, _, ctx.geometry, ctx.restore, *stored = inputs
-        ctx.input_shape = input.shape
-        ctx.save_for_backward(weight, *stored)
+        without_zeros(ctx)
+        input, weight, _, ctx.geometry, anchor, ctx.restore, *stored = inputs
+        save_form(ctx, input)
+        ctx.save_for_backward(weight, anchor, *stored)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
-        weight, *stored = ctx.saved_tensors
+        weight, anchor, *stored = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        shape_only = grad_output.new_zeros(()).expand(ctx.input_shape)  # all that grad_input asks of the input
-        input = ctx.restore(*stored) if wanted[1] else shape_only
+        # Of the input, grad_input needs the shape, and the layout for its own.
+        input = ctx.restore(*stored) if wanted[1] else placeholder(ctx, grad_output)
         bias_shape = [grad_output.shape[1]]
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output, input, weight, bias_shape, *ctx.geometry, wanted
         )
         if grad_weight is not None:
-            grad_weight = first_order_only(grad_weight, weight)
-        return grad_input, grad_weight, grad_bias, None, None, *[None] * len(stored)
+            grad_weight = first_order_only(grad_weight, weight if anchor is None else anchor)
+        return grad_input, grad_weight, grad_bias, None, None, None, *[None] * len(stored)
 
 
 def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
@@ -75,50 +100,73 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:
-        return DropITConvFunction.apply(x, w, b, geometry, None)  # type: ignore[no-any-return]
+        return DropITConvFunction.apply(x, w, b, geometry, None, None)  # type: ignore[no-any-return]
     stored = packer.store(x, input, channel_dim=1)
-    return DropITConvFunction.apply(x, w, b, geometry, *stored.arguments)  # type: ignore[no-any-return]
+    if stored is None:
+        return _plain_conv(input, weight, bias, geometry)
+    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
+
+
+def _plain_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """By the function that the plain layer calls, so that autocast and autograd see no difference."""
+    stride, padding, dilation, transposed, extra, groups = geometry
+    if transposed:
+        plain: Any = _PLAIN_TRANSPOSE[weight.dim()]
+        return plain(input, weight, bias, stride, padding, extra, groups, dilation)  # type: ignore[no-any-return]
+    plain = _PLAIN[weight.dim()]
+    return plain(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+
+
+def is_usual(input: Tensor, weight: Tensor) -> bool:
+    """Whether the numbers are real and the dimensions fit; PyTorch has a way, or an error, for what is not."""
+    return weight.is_floating_point() and weight.dim() - input.dim() in (0, 1)
 
 
 class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not (self.training and torch.is_grad_enabled()):
-            return super().forward(input)  # type: ignore[misc, no-any-return]
-        padded, padding = self._pad(input)
-        none = (0,) * len(self.stride)
-        geometry = Geometry(self.stride, padding, self.dilation, False, none, self.groups)
-        return dropit_conv(padded, self.weight, self.bias, geometry, self.packer)
+        # Each is read once: a parametrization computes it, and may go on with each reading.
+        weight, bias = self.weight, self.bias
+        if not self.saves(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
+            return self._conv_forward(input, weight, bias)  # which may be replaced on the module, to pad in another way
+        if self.padding == "same" and any(step != 1 for step in each(self.stride, 1)):
+            return self._conv_forward(input, weight, bias)  # PyTorch's error
+        padded, padding = self._pad(input, weight)
+        return dropit_conv(padded, weight, bias, Geometry.of(self, weight, padding), self._dropit_packer)
 
-    def _pad(self, input: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same')."""
-        around = self._reversed_padding_repeated_twice  # (left, right, top, bottom, ...)
-        none = (0,) * len(self.stride)
+    def _pad(self, input: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
+        """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same').
+
+        Returns the input and the padding that is left to the convolution. Reads what PyTorch reads, when PyTorch does:
+        padding and dilation may be set after construction, where what is made of them then is not.
+        """
         if self.padding_mode != "zeros":
-            return F.pad(input, around, mode=self.padding_mode), none
-        before, after = around[::2], around[1::2]
-        if before == after:
-            return input, tuple(reversed(before))
-        return F.pad(input, around), none
+            return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+        if not isinstance(self.padding, str):
+            return input, self.padding
+        if self.padding == "valid":
+            return input, 0
+        dilation = each(self.dilation, weight.dim() - 2)
+        total = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+        if any(size % 2 for size in total):
+            after = [(0, size % 2) for size in reversed(total)]
+            input = F.pad(input, [size for pair in after for size in pair])
+        return input, [size // 2 for size in total]
 
 
 class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.saves(input=input):
             return super().forward(input, output_size)  # type: ignore[misc, no-any-return]
-        dimensions = len(self.stride)
-        extra = self._output_padding(
-            input,
-            output_size,
-            list(self.stride),
-            list(self.padding),  # type: ignore[arg-type]
-            list(self.kernel_size),
-            dimensions,
-            list(self.dilation),
-        )
-        geometry = Geometry(self.stride, self.padding, self.dilation, True, tuple(extra), self.groups)  # type: ignore[arg-type]
-        return dropit_conv(input, self.weight, self.bias, geometry, self.packer)
+        weight, bias = self.weight, self.bias  # read once
+        dimensions = weight.dim() - 2
+        sizes = (self.stride, self.padding, self.kernel_size)
+        extra = self._output_padding(input, output_size, *sizes, dimensions, self.dilation)  # type: ignore[arg-type]
+        if not is_usual(input, weight):
+            plain: Any = _PLAIN_TRANSPOSE[weight.dim()]
+            return plain(input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)  # type: ignore[no-any-return]
+        return dropit_conv(input, weight, bias, Geometry.of(self, weight, self.padding, extra), self._dropit_packer)
 
 
 @register

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import LosslessLayer, save_mask, saved_mask
+from dropit.layers.layer import (
+    LosslessLayer,
+    none_for_none,
+    save_mask,
+    saved_mask,
+    without_zeros,
+)
 from dropit.layers.table import register
 
 
@@ -26,12 +32,14 @@ class DropITDropoutFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the mask's bits."""
+        without_zeros(ctx)
         _, ctx.p = inputs
         mask = output[1]
         ctx.mark_non_differentiable(mask)
         save_mask(ctx, mask)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """The gradient through the kept elements."""
         keep = 1 - ctx.p

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from dropit.layers.layer import QuantizedLayer
 from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_scaled_dot_product
-from dropit.layers.table import register_callers
+from dropit.layers.table import calls_registered, register_callers
 from dropit.packer import Packer
 
 _attention = F.scaled_dot_product_attention
@@ -25,10 +27,42 @@ class DropITFunctionalAttention(QuantizedLayer, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.saves():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with _Quantizing(self.packer):
+        others = [module for module in self.modules() if _is_plain(module)]
+        if others and torch.compiler.is_compiling():  # which has no place for hooks
             return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with _Quantizing(self._dropit_packer) as mode:
+            if not others:
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+            with _suspended_in(others, mode):
+                return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module's own calls of attention, if it makes any, are not to be quantized: left out, or in eval."""
+    if isinstance(module, DropITFunctionalAttention):
+        return not module.training
+    return calls_registered(type(module))
+
+
+@contextmanager
+def _suspended_in(modules: list[nn.Module], mode: _Quantizing) -> Iterator[None]:
+    """While one of these runs, ``mode`` takes no calls."""
+
+    def enter(*_: Any) -> None:
+        mode.suspended += 1
+
+    def leave(*_: Any) -> None:
+        mode.suspended -= 1
+
+    handles = [module.register_forward_pre_hook(enter) for module in modules]
+    handles += [module.register_forward_hook(leave, always_call=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Quantizing(TorchFunctionMode):
@@ -36,11 +70,12 @@ class _Quantizing(TorchFunctionMode):
 
     def __init__(self, packer: Packer) -> None:
         super().__init__()
+        self.suspended = 0
         self._packer = packer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        if func not in (_attention, F.scaled_dot_product_attention):  # estimate_cache has one of its own
+        if self.suspended or func not in (_attention, F.scaled_dot_product_attention):  # estimate_cache has its own
             return func(*args, **named)
         q, k, v, mask, form = _arguments(*args, **named)
         if not can_quantize(q, k, v, mask, form):

@@ -21,9 +21,9 @@ class DropITConv1D(PackedInputLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., nx). Returns (..., nf)."""
-        if not self.packs(self.weight):
+        if not self.saves(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_linear(x, self.weight.t(), self.bias, self.packer)
+        return dropit_linear(x, self.weight.t(), self.bias, self._dropit_packer)  # each is read once
 
 
 @register

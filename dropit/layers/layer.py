@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +15,31 @@ from torch.autograd import Function
 from dropit import ops
 from dropit.packed import flatten, is_dense_in_memory, memory_order, unflatten
 from dropit.packer import Packer
-from dropit.strategies import Strategy
+from dropit.stored import offer, offered
 from dropit.tracing import is_mapped, is_traced
+
+Output = TypeVar("Output")
+
+
+class _Readable:
+    """An attribute that shows part of a layer's packer, and hides nothing that the module has by the same name itself.
+
+    What is in the module's ``__dict__`` is found before it, as it cannot be set; what ``__getattr__`` gives, which are
+    parameters, buffers and submodules, is asked for first.
+    """
+
+    def __init__(self, read: Callable[[Packer], Any]) -> None:
+        self._read = read
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: DropITLayer | None, owner: type | None = None) -> Any:
+        if layer is None:
+            return self
+        with suppress(AttributeError):
+            return layer.__getattr__(self._name)
+        return self._read(layer._dropit_packer)
 
 
 class DropITLayer(nn.Module):
@@ -23,52 +49,81 @@ class DropITLayer(nn.Module):
     """
 
     plain: ClassVar[type[nn.Module]]
+    _dropit_packer: Packer
+    _dropit_off = False  # whether it computes as the plain layer does, where its class has to stay
+
+    def saves(self, **inputs: Tensor) -> bool:
+        """Whether a forward pass now saves anything for backward: in training, with gradients on."""
+        return self.training and torch.is_grad_enabled() and not self._dropit_off
 
 
-class PackedInputLayer(DropITLayer):
-    """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
+def is_converted(module: nn.Module) -> bool:
+    """Whether it is one of DropIT's layers, and works as one."""
+    return isinstance(module, DropITLayer) and not module._dropit_off
 
-    packer: Packer
 
-    @property
-    def strategy(self) -> Strategy:
-        """What of the input is kept."""
-        return self.packer.strategy
+class _PackerLayer(DropITLayer):
+    """A layer that is told by a packer how to store what it keeps."""
 
-    def packs(self, weight: Tensor) -> bool:
-        """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
-        return self.training and torch.is_grad_enabled() and weight.requires_grad
+    packer = _Readable(lambda packer: packer)
+
+    def saves(self, **inputs: Tensor) -> bool:
+        """Whether a forward pass now saves anything for backward. ``inputs``: by role, those that it may store."""
+        if self.training and not torch.is_grad_enabled() and not self._dropit_off:
+            self._dropit_packer.skip(inputs)
+        return super().saves()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # Beside the keys, where modules note their version.
-        if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["dropit"] = repr(self.packer)
+        if hasattr(destination, "_metadata") and not self._dropit_off:
+            notes = {"dropit": repr(self._dropit_packer), "dropit_drawn": self._dropit_packer.drawn()}
+            destination._metadata[prefix[:-1]].update(notes)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-        saved, now = local_metadata.get("dropit"), repr(self.packer)
-        if saved is not None and saved != now:
-            warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
+        if not self._dropit_off:
+            saved, now = local_metadata.get("dropit"), repr(self._dropit_packer)
+            if saved is not None and saved != now:
+                warnings.warn(f"this state was trained with {saved}, and goes on with {now}", stacklevel=2)
+            self._dropit_packer.draw_on(*local_metadata.get("dropit_drawn", ({}, 0)))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class PackedInputLayer(_PackerLayer):
+    """A layer with a weight, whose input is packed by ``strategy``: grad_weight is approximated, the rest exact."""
+
+    strategy = _Readable(lambda packer: packer.strategy)
+
+    def packs(self, weight: Tensor) -> bool:
+        """Whether a forward pass now packs its input: in training, where a gradient of the weight is wanted."""
+        return self.saves() and weight.requires_grad
 
     def extra_repr(self) -> str:
         """The plain layer's, and the strategy."""
-        return ", ".join(filter(None, [super().extra_repr(), f"strategy={self.packer}"]))
+        now = "" if self._dropit_off else f"strategy={self._dropit_packer}"
+        return ", ".join(filter(None, [super().extra_repr(), now]))
 
 
-class QuantizedLayer(DropITLayer):
+class QuantizedLayer(_PackerLayer):
     """A layer that drops nothing, and keeps what it keeps in fewer bits: its own gradients are approximated."""
-
-    packer: Packer
 
     def packs(self, input: Tensor) -> bool:
         """Whether a forward pass now keeps anything: in training, where a gradient is wanted, but not under vmap."""
+        if not self.saves(input=input):
+            return False
         wanted = input.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False))
-        return self.training and torch.is_grad_enabled() and wanted and not is_mapped(input)
+        return wanted and not is_mapped(input)
+
+    def passes_on(self, output: Tensor) -> Tensor:
+        """``output``, on offer as it would be if gradients were on, where they are off in training."""
+        if self.training and not torch.is_grad_enabled() and not self._dropit_off:
+            offer(output, self._dropit_packer.offer(None))
+        return output
 
     def extra_repr(self) -> str:
         """The plain layer's, and the number of bits."""
-        return ", ".join(filter(None, [super().extra_repr(), f"bits={self.packer.bits}"]))
+        now = "" if self._dropit_off else f"bits={self._dropit_packer.bits}"
+        return ", ".join(filter(None, [super().extra_repr(), now]))
 
 
 class LosslessLayer(DropITLayer):
@@ -76,7 +131,34 @@ class LosslessLayer(DropITLayer):
 
     def packs(self, input: Tensor) -> bool:
         """Whether a forward pass now keeps anything: in training, where a gradient of the input is wanted."""
-        return self.training and torch.is_grad_enabled() and input.requires_grad
+        return self.saves() and input.requires_grad
+
+    def unsaved(self, forward: Callable[[Tensor], Output], input: Tensor) -> Output:
+        """What the plain ``forward`` makes of ``input``; in training without gradients on offer where ``input`` is."""
+        if not self.training or torch.is_grad_enabled():
+            return forward(input)
+        known, output = offered(input), forward(input)
+        if known is not None and isinstance(output, Tensor):
+            offer(output, known._replace(stored=None))
+        return output
+
+
+def without_zeros(ctx: Any) -> None:
+    """Have a backward pass be given None where no gradient comes, and not zeros."""
+    if not is_traced():
+        ctx.set_materialize_grads(False)
+
+
+def none_for_none(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``backward`` return no gradients where none comes, as PyTorch's operators do: a parameter then has none."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        if grad_outputs[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grad_outputs)
+
+    return checked
 
 
 def save_mask(ctx: Any, mask: Tensor) -> None:
@@ -97,14 +179,27 @@ def saved_mask(ctx: Any) -> Tensor:
     return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
 
 
-def where_saved(ctx: Any, grad: Tensor) -> Tensor:
-    """``grad`` where the mask that was saved is set, zeros elsewhere."""
-    alike = memory_order(grad) == ctx.layout.order and is_dense_in_memory(grad)
-    if torch.is_grad_enabled() or is_traced() or not alike:  # a second derivative is wanted, or more is to be known
+def where_saved(ctx: Any, grad: Tensor, backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``grad`` where the mask that was saved is set, zeros elsewhere.
+
+    ``backward``: PyTorch's operator that does so where a tensor is above zero, and says in which layout.
+    """
+    if is_traced():
         return torch.where(saved_mask(ctx), grad, 0)
+    alike = memory_order(grad) == ctx.layout.order and is_dense_in_memory(grad)
+    if torch.is_grad_enabled() or not alike:  # a second derivative is wanted, or another layout
+        return backward(grad, saved_mask(ctx).to(grad.dtype))
     (bits,) = ctx.saved_tensors
     flat, layout = flatten(grad)
-    return unflatten(ops.keep_marked(flat, bits), layout)
+    kept = ops.keep_marked(flat, bits)
+    return kept.view(grad.shape) if grad.is_contiguous() else unflatten(kept, layout)
+
+
+def anchor(x: Tensor) -> Tensor | None:
+    """No element of ``x``, but what depends on it under torch.func, for :func:`first_order_only`; None elsewhere."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    return x.reshape(-1)[:0].clone()
 
 
 class _FirstOrderOnly(Function):
@@ -131,7 +226,8 @@ class _FirstOrderOnly(Function):
 def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
     """``grad``, which is an error to differentiate: autograd knows nothing of the input that was packed.
 
-    ``through``: what requires a gradient wherever ``grad`` has a derivative; None where that cannot be told.
+    ``through``: what requires a gradient wherever ``grad`` has a derivative, under torch.func an :func:`anchor` of what
+    was packed; None where that cannot be told.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return grad  # no create_graph, so no second derivative
@@ -147,16 +243,42 @@ def no_view(output: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 
 
+def each(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """One number for each dimension, as PyTorch's functions take one for all."""
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return sizes * dimensions if len(sizes) == 1 else sizes
+
+
 def save_form(ctx: Any, input: Tensor) -> None:
     """Remember the shape and the layout of ``input``, and none of its elements."""
-    ctx.input_shape = input.shape
-    ctx.channels_last = input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)
+    ctx.input_shape, ctx.memory_format = input.shape, suggest_memory_format(input)
 
 
 def placeholder(ctx: Any, like: Tensor) -> Tensor:
     """A tensor of the form that :func:`save_form` saw, for operators that look at no more; dtype as ``like``."""
-    layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-    return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(ctx.input_shape, dtype=like.dtype, device=like.device, memory_format=ctx.memory_format)
+
+
+def suggest_memory_format(x: Tensor) -> torch.memory_format:
+    """The format that PyTorch's operators take ``x`` to be in, told by its strides, with gaps or without."""
+    order = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}.get(x.dim())  # of channels_last, innermost first
+    if order is None or 0 in x.shape or x.stride(1) == 0:
+        return torch.contiguous_format
+    least = 0
+    for dim in order:
+        if x.stride(dim) < least or (dim == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = x.stride(dim) * x.shape[dim]
+    return torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+
+
+def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``x`` laid out in that format, and so that operators take it for such, whatever dimensions are of size one."""
+    if is_traced():
+        return x.contiguous(memory_format=memory_format)
+    if x.is_contiguous(memory_format=memory_format) and suggest_memory_format(x) == memory_format:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(x)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -166,6 +288,19 @@ def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(tensor, dtype) for tensor in tensors)
+
+
+def autocast_as(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``x`` in the dtype that autocast has it in for ``operator``, a pooling: told by its output of one element.
+
+    Autocast does not know the operators behind it, which a layer calls, as they return more or have a backward.
+    """
+    device = x.device.type
+    if x.dtype.itemsize > 2 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x
+    with torch.no_grad():
+        one = operator(x.new_ones([1] * x.dim()))
+    return x.to(one.dtype)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

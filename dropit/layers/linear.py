@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import PackedInputLayer, autocast, first_order_only, no_view
+from dropit.layers.layer import (
+    PackedInputLayer,
+    anchor,
+    autocast,
+    first_order_only,
+    no_view,
+    none_for_none,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
 
@@ -24,43 +33,68 @@ class DropITLinearFunction(Function):
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        restore: Callable[..., Tensor] | None,
+        anchor: Tensor | None,
+        restore: Callable[..., Tensor],
         *stored: Tensor | None,
     ) -> Tensor:
-        """The plain forward; ``restore(*stored)`` gives the input back, if grad_weight is wanted."""
+        """The plain forward; ``restore(*stored)`` gives the input back."""
         return no_view(F.linear(input, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what is stored of the input, and the weight if grad_input is wanted."""
-        _, weight, _, ctx.restore, *stored = inputs
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, *stored)
+        without_zeros(ctx)
+        _, weight, _, anchor, ctx.restore, *stored = inputs
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, anchor, *stored)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., out). Returns grad_input (..., in), grad_weight (out, in), grad_bias (out,)."""
-        weight, *stored = ctx.saved_tensors
+        weight, anchor, *stored = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
-        rows = grad_output.reshape(-1, grad_output.shape[-1])  # (samples, out)
+        rows = as_rows(grad_output)  # (samples, out)
         if needs_input:
             grad_input = grad_output @ weight
         if needs_weight:
-            input = ctx.restore(*stored)
-            grad_weight = rows.t() @ input.reshape(-1, input.shape[-1])
-            grad_weight = first_order_only(grad_weight, grad_output if weight is None else weight)
+            grad_weight = rows.t() @ as_rows(ctx.restore(*stored))
+            through = grad_output if weight is None else weight
+            grad_weight = first_order_only(grad_weight, through if anchor is None else anchor)
         if needs_bias:
             grad_bias = rows.sum(dim=0)
-        return grad_input, grad_weight, grad_bias, None, *[None] * len(stored)
+        return grad_input, grad_weight, grad_bias, None, None, *[None] * len(stored)
 
 
-def dropit_linear(input: Tensor, weight: Tensor, bias: Tensor | None, packer: Packer, *, batch_dim: int = 0) -> Tensor:
-    """``F.linear`` that keeps for backward only what ``packer`` stores of ``input`` (..., in)."""
+def as_rows(x: Tensor) -> Tensor:
+    """(..., n) -> (samples, n), of which either may be none."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def dropit_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    packer: Packer,
+    *,
+    batch_dim: int = 0,
+    role: str = "input",
+    flat: bool = False,
+) -> Tensor:
+    """``F.linear`` that keeps for backward only what ``packer`` stores of ``input`` (..., in).
+
+    What is stored as it is, or not at all, is left to PyTorch. ``role`` tells a layer's inputs apart if it has several.
+    ``flat``: compute and return (samples, out), which is another order of sums.
+    """
+    plain = as_rows(input) if flat else input
+    if not weight.requires_grad or not input.is_floating_point():
+        return F.linear(plain, weight, bias)
     x, w, b = autocast(input, weight, bias)
-    if not weight.requires_grad:
-        return DropITLinearFunction.apply(x, w, b, None)  # type: ignore[no-any-return]
-    stored = packer.store(x, input, batch_dim=batch_dim)
-    return DropITLinearFunction.apply(x, w, b, *stored.arguments)  # type: ignore[no-any-return]
+    stored = packer.store(x, input, batch_dim=batch_dim, role=role)
+    if stored is None:
+        return F.linear(plain, weight, bias)
+    x = as_rows(x) if flat else x
+    return DropITLinearFunction.apply(x, w, b, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
 
 
 @register
@@ -71,6 +105,7 @@ class DropITLinear(PackedInputLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features). Returns (..., out_features)."""
-        if self.packs(self.weight):
-            return dropit_linear(input, self.weight, self.bias, self.packer)
-        return super().forward(input)
+        if not self.saves(input=input):
+            return super().forward(input)
+        # Each is read once: a parametrization computes it, and may go on with each reading.
+        return dropit_linear(input, self.weight, self.bias, self._dropit_packer)

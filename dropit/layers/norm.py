@@ -6,20 +6,44 @@ With it PyTorch's own backward is called, for a mean of 0 and a deviation of 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import QuantizedLayer, first_order_only
+from dropit.layers.layer import (
+    QuantizedLayer,
+    anchor,
+    first_order_only,
+    in_format,
+    none_for_none,
+    suggest_memory_format,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packer import Packer
 from dropit.stored import Stored, offer
+from dropit.tracing import is_traced
 
 _aten = torch.ops.aten
+
+
+class Form(NamedTuple):
+    """What else a backward pass is told.
+
+    ``saves_weight``, ``saves_bias``: whether PyTorch saves it, so that to change it before the backward pass is an
+    error; to change one that is not saved is none.
+    """
+
+    shape: tuple[int, ...] = ()  # that is normalized over, where it is by sample
+    statistics: torch.dtype = torch.float32  # of the mean and 1 / deviation that PyTorch's operator takes
+    memory_format: torch.memory_format = torch.contiguous_format
+    saves_weight: bool = True
+    saves_bias: bool = False
 
 
 class _NormFunction(Function):
@@ -32,107 +56,150 @@ class _NormFunction(Function):
         bias: Tensor | None,
         output: Tensor,
         rstd: Tensor,
-        shape: tuple[int, ...],
+        form: Form,
+        anchor: Tensor | None,
         restore: Callable[..., Tensor],
         *stored: Tensor | None,
     ) -> Tensor:
-        """Give ``output`` its place in the graph; ``shape``: that which is normalized over, where it is by sample."""
+        """Give ``output`` its place in the graph."""
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the weight, 1 / deviation and what is stored of the normalized input."""
-        _, weight, bias, computed, rstd, ctx.shape, ctx.restore, *stored = inputs
+        """Save weight and bias where PyTorch does, 1 / deviation and what is stored of the normalized input."""
+        without_zeros(ctx)
+        _, weight, bias, computed, rstd, ctx.form, anchor, ctx.restore, *stored = inputs
         ctx.mark_dirty(computed)
-        ctx.save_for_backward(weight, bias, rstd, *stored)
+        weight, bias = weight if ctx.form.saves_weight else None, bias if ctx.form.saves_bias else None
+        ctx.save_for_backward(weight, bias, anchor, rstd, *stored)
 
     @staticmethod
     def saved(ctx: Any) -> tuple[Any, ...]:
-        """Weight, bias, 1 / deviation, the normalized input, and which gradients are wanted."""
-        weight, bias, rstd, *stored = ctx.saved_tensors
-        return weight, bias, rstd, ctx.restore(*stored), ctx.needs_input_grad[:3]
+        """Weight, bias, what was given as anchor, 1 / deviation, and the normalized input."""
+        weight, bias, anchor, rstd, *stored = ctx.saved_tensors
+        return weight, bias, anchor, rstd, ctx.restore(*stored)
 
     @staticmethod
-    def gradients(*grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def gradients(anchor: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """The three gradients, not to be differentiated again, and none for the rest."""
-        once = [None if grad is None else first_order_only(grad) for grad in grads]
-        return *once, *[None] * 7
+        once = [None if grad is None else first_order_only(grad, anchor) for grad in grads]
+        return *once, *[None] * 8
 
 
 class DropITBatchNormFunction(_NormFunction):
     """By channel, over the batch."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, C, *spatial)."""
-        weight, _, rstd, normalized, wanted = _NormFunction.saved(ctx)
-        scale = rstd if weight is None else weight * rstd  # of a deviation of 1
-        zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
+        weight, _, anchor, rstd, normalized = _NormFunction.saved(ctx)
+        scale = _wide(rstd) if weight is None else _wide(weight) * _wide(rstd)  # of a deviation of 1
+        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
+        grad = _laid_out_alike(grad_output, normalized)
         grads = _aten.native_batch_norm_backward(
-            grad_output, normalized, scale, None, None, zeros, ones, True, 0.0, wanted
+            grad, normalized, scale, None, None, zeros, ones, True, 0.0, ctx.needs_input_grad[:3]
         )
-        return _NormFunction.gradients(*grads)
+        return _NormFunction.gradients(anchor, *grads)
 
 
 class DropITLayerNormFunction(_NormFunction):
     """By sample, over the last dimensions."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., *normalized_shape)."""
-        weight, bias, rstd, normalized, wanted = _NormFunction.saved(ctx)
-        zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
-        grads = _aten.native_layer_norm_backward(grad_output, normalized, ctx.shape, zeros, ones, weight, bias, wanted)
+        weight, bias, anchor, rstd, normalized = _NormFunction.saved(ctx)
+        wanted, form = ctx.needs_input_grad[:3], ctx.form
+        zeros, ones = _mean_and_rstd(rstd, form)
+        grads = _aten.native_layer_norm_backward(grad_output, normalized, form.shape, zeros, ones, weight, bias, wanted)
         grad_input = grads[0].mul_(rstd) if wanted[0] else None
-        return _NormFunction.gradients(grad_input, *grads[1:])
+        return _NormFunction.gradients(anchor, grad_input, *grads[1:])
 
 
 class DropITGroupNormFunction(_NormFunction):
     """By sample, over groups of channels."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, C, *spatial)."""
-        weight, _, rstd, normalized, wanted = _NormFunction.saved(ctx)
-        zeros, ones = torch.zeros_like(rstd), torch.ones_like(rstd)
-        samples, channels = grad_output.shape[:2]
-        size = grad_output.numel() // (samples * channels)
-        form = (samples, channels, size, rstd.shape[1])
-        grads = _aten.native_group_norm_backward(
-            grad_output.contiguous(), normalized, zeros, ones, weight, *form, wanted
-        )
-        grad_input = None
-        if wanted[0]:
-            grad_input = grads[0].view(samples, rstd.shape[1], -1).mul_(rstd.unsqueeze(2)).view(grad_output.shape)
-        return _NormFunction.gradients(grad_input, *grads[1:])
+        weight, _, anchor, rstd, normalized = _NormFunction.saved(ctx)
+        wanted, form = ctx.needs_input_grad[:3], ctx.form
+        zeros, ones = _mean_and_rstd(rstd, form)
+        sizes = _group_sizes(grad_output, rstd.shape[1])
+        grad, normalized = (in_format(x, form.memory_format) for x in (grad_output, normalized))
+        grads = _aten.native_group_norm_backward(grad, normalized, zeros, ones, weight, *sizes, wanted)
+        grad_input = grads[0].mul_(_by_channel(rstd, grad_output)) if wanted[0] else None
+        return _NormFunction.gradients(anchor, grad_input, *grads[1:])
 
 
 class DropITRMSNormFunction(_NormFunction):
     """By sample, over the last dimensions, without a mean (Zhang and Sennrich 2019, equation 4)."""
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """grad_output: (..., *normalized_shape)."""
-        weight, _, rstd, normalized, wanted = _NormFunction.saved(ctx)
-        dims = list(range(-len(ctx.shape), 0))
+        """grad_output: (..., *normalized_shape). As PyTorch's, in float32 where the input is in half precision."""
+        weight, _, anchor, rstd, normalized = _NormFunction.saved(ctx)
+        dims = list(range(-len(ctx.form.shape), 0))
+        grad = grad_output.to(rstd.dtype)
         grad_input = grad_weight = None
-        if wanted[0]:
-            inner = grad_output if weight is None else grad_output * weight
+        if ctx.needs_input_grad[0]:
+            inner = grad if weight is None else grad * weight
             grad_input = (inner - normalized * (inner * normalized).mean(dim=dims, keepdim=True)) * rstd
             grad_input = grad_input.to(grad_output.dtype)
-        if wanted[1]:
-            rows = list(range(grad_output.dim() - len(dims)))
-            grad_weight = (grad_output * normalized).sum(dim=rows) if rows else grad_output * normalized
-        return _NormFunction.gradients(grad_input, grad_weight, None)
+        if ctx.needs_input_grad[1]:
+            rows = list(range(grad.dim() - len(dims)))
+            grad_weight = (grad * normalized).sum(dim=rows) if rows else grad * normalized
+        return _NormFunction.gradients(anchor, grad_input, grad_weight, None)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mean_and_rstd(rstd: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """A mean of 0 and 1 / deviation of 1."""
+    return torch.zeros_like(rstd, dtype=form.statistics), torch.ones_like(rstd, dtype=form.statistics)
+
+
+def _laid_out_alike(grad: Tensor, input: Tensor) -> Tensor:
+    """``grad`` in the layout of ``input``: PyTorch's backward on the CPU errs for a batch of 1 with another."""
+    if grad.device.type != "cpu" or is_traced():
+        return grad
+    strides = zip(grad.shape, grad.stride(), input.stride(), strict=True)
+    if all(size == 1 or one == other for size, one, other in strides):
+        return grad
+    return torch.empty_like(input).copy_(grad)
+
+
+def _group_sizes(x: Tensor, groups: int) -> tuple[int, int, int, int]:
+    """Samples, channels, elements of a channel, groups."""
+    samples, channels = x.shape[:2]
+    return samples, channels, math.prod(x.shape[2:]), groups
+
+
+def _by_channel(statistic: Tensor, like: Tensor) -> Tensor:
+    """(N, groups) -> (N, C, 1, ...), to broadcast to ``like``."""
+    samples, channels = like.shape[:2]
+    each = statistic.unsqueeze(2).expand(samples, statistic.shape[1], channels // statistic.shape[1])
+    return each.reshape(samples, channels, *[1] * (like.dim() - 2))
 
 
 class _DropITBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C) or (N, C, *spatial)."""
-        if not self.packs(input) or input.numel() == input.shape[1]:  # one value a channel is PyTorch's error
-            return super().forward(input)
+        if not self.packs(input) or not has_batches(input):
+            return self.passes_on(super().forward(input))
         self._check_input_dim(input)
-        return dropit_batch_norm(input, self, self.packer)
+        return dropit_batch_norm(input, self, self._dropit_packer)
+
+
+def has_batches(input: Tensor) -> bool:
+    """Whether there are several values a channel; PyTorch has a way, or an error, where there are not."""
+    return input.is_floating_point() and input.dim() > 1 and input.numel() not in (0, input.shape[1])
 
 
 def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, packer: Packer) -> Tensor:
@@ -143,14 +210,19 @@ def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, pac
         if layer.momentum is None:
             momentum = 1.0 / float(layer.num_batches_tracked)
     buffers = (layer.running_mean, layer.running_var) if layer.track_running_stats else (None, None)
+    weight, bias = layer.weight, layer.bias  # read once
+    if any(x is not None and x.numel() != input.shape[1] for x in (*buffers, weight, bias)):
+        # PyTorch's error: the operator below checks nothing, and reads and writes beyond the end.
+        return F.batch_norm(input, *buffers, weight, bias, True, momentum, layer.eps)
     with torch.no_grad():
         x = input.detach()
-        output, mean, rstd = torch.native_batch_norm(x, layer.weight, layer.bias, *buffers, True, momentum, layer.eps)
+        output, mean, rstd = torch.native_batch_norm(x, weight, bias, *buffers, True, momentum, layer.eps)
         by_channel = (-1, *[1] * (x.dim() - 2))
-        shift, scale = (-mean * rstd).view(by_channel), rstd.view(by_channel)
-        normalized = torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
-    tensors = (input, layer.weight, layer.bias, output, rstd)
-    return _in_graph(DropITBatchNormFunction, tensors, (), normalized, packer, by_channel)
+        scale = _wide(rstd)
+        shift = -_wide(mean) * scale
+        normalized = torch.addcmul(shift.view(by_channel), x, scale.view(by_channel))
+    tensors = (input, weight, bias, output, rstd)
+    return _in_graph(DropITBatchNormFunction, tensors, Form(), normalized, packer, by_channel)
 
 
 @register
@@ -183,8 +255,8 @@ class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., *normalized_shape)."""
         if not self.packs(input):
-            return super().forward(input)
-        return dropit_layer_norm(input, self, self.packer)
+            return self.passes_on(super().forward(input))
+        return dropit_layer_norm(input, self, self._dropit_packer)
 
 
 def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -193,8 +265,12 @@ def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Ten
     shape = layer.normalized_shape
     with torch.no_grad():
         output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
-        normalized = ((x - mean) * rstd).to(x.dtype)
-    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), tuple(shape), normalized, packer)
+        form = Form(tuple(shape), mean.dtype, saves_bias=True)
+        if mean.dtype.itemsize < 4:  # in half precision on the CPU it computes with better ones than it returns
+            normalized, _, rstd = torch.native_layer_norm(_wide(x), shape, None, None, layer.eps)
+        else:
+            normalized = (x - mean).mul_(rstd)
+    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, normalized, packer)
 
 
 def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -211,17 +287,21 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C, *spatial)."""
         if not self.packs(input) or input.numel() == 0:
-            return super().forward(input)
+            return self.passes_on(super().forward(input))
         x, w, b = _in_float(input, self.weight, self.bias)
-        samples, channels = x.shape[:2]
+        sizes = _group_sizes(x, self.num_groups)
         with torch.no_grad():
-            form = (samples, channels, x.numel() // (samples * channels), self.num_groups)
-            dense = x if x.is_contiguous(memory_format=torch.channels_last) and not x.is_cuda else x.contiguous()
-            output, mean, rstd = torch.native_group_norm(dense, w, b, *form, self.eps)
-            groups = x.reshape(samples, self.num_groups, -1)
-            normalized = ((groups - mean.unsqueeze(2)) * rstd.unsqueeze(2)).view(x.shape).to(x.dtype)
+            memory_format = torch.contiguous_format if x.is_cuda else suggest_memory_format(x)
+            dense = in_format(x, memory_format)
+            output, mean, rstd = torch.native_group_norm(dense, w, b, *sizes, self.eps)
+            form = Form((), mean.dtype, memory_format)
+            if mean.dtype.itemsize < 4:
+                normalized, _, rstd = torch.native_group_norm(_wide(dense), None, None, *sizes, self.eps)
+            else:
+                normalized = (dense - _by_channel(mean, dense)).mul_(_by_channel(rstd, dense))
         by_channel = (-1, *[1] * (x.dim() - 2))
-        return _in_graph(DropITGroupNormFunction, (x, w, b, output, rstd), (), normalized, self.packer, by_channel)
+        tensors = (x, w, b, output, rstd)
+        return _in_graph(DropITGroupNormFunction, tensors, form, normalized, self._dropit_packer, by_channel)
 
 
 @register
@@ -232,24 +312,35 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., *normalized_shape)."""
-        if not self.packs(x):
-            return super().forward(x)
+        if not self.packs(x) or x.dtype not in _DEFAULT_EPS:
+            return self.passes_on(super().forward(x))
         x, w, _ = _in_float(x, self.weight, None)
         with torch.no_grad():
             output = F.rms_norm(x, self.normalized_shape, w, self.eps)
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            wide = _wide(x)
             dims = list(range(-len(self.normalized_shape), 0))
+            eps = _DEFAULT_EPS[x.dtype] if self.eps is None else self.eps
             rstd = (wide.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
-            normalized = (wide * rstd).to(x.dtype)
-        shape = tuple(self.normalized_shape)
-        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), shape, normalized, self.packer)
+            normalized = wide * rstd
+        form = Form(tuple(self.normalized_shape), saves_weight=x.requires_grad)
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, normalized, self._dropit_packer)
+
+
+def _default_eps(dtype: torch.dtype) -> float:
+    """What ``F.rms_norm`` adds if it is given no eps: the dtype's in some versions of PyTorch, float32's in others."""
+    x = 2.0**-10
+    seen = F.rms_norm(torch.tensor([x], dtype=dtype, device="cpu"), (1,)).item()  # x / (x^2 + eps)^(1/2)
+    known = {torch.finfo(kind).eps for kind in (dtype, torch.promote_types(dtype, torch.float32))}
+    return min(known, key=lambda eps: abs(x / math.sqrt(x * x + eps) - seen))
+
+
+_DEFAULT_EPS = {dtype: _default_eps(dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
 
 def _in_graph(
     function: type[_NormFunction],
     tensors: tuple[Any, ...],
-    shape: tuple[int, ...],
+    form: Form,
     normalized: Tensor,
     packer: Packer,
     by_channel: tuple[int, ...] | None = None,
@@ -258,13 +349,21 @@ def _in_graph(
 
     ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
-    stored = Stored.of(packer.quantize(normalized))
-    output = function.apply(*tensors, shape, *stored.arguments)
+    stored = _store(normalized, tensors[0], packer)
+    output = function.apply(*tensors, form, anchor(tensors[0]), *stored.arguments)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
         affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
-    return offer(output, stored.then(_scaled, *affine))
+    return offer(output, packer.offer(stored.then(_scaled, *affine)))
+
+
+def _store(normalized: Tensor, input: Tensor, packer: Packer) -> Stored:
+    """What comes back in the dtype of ``input``, stored from ``normalized``, which may be in a wider one."""
+    if not packer.narrows(input):
+        return Stored.of(packer.quantize(normalized.to(input.dtype), "normalized"))
+    packed = packer.quantize(normalized, "normalized")
+    return Stored.of(packed._replace(layout=packed.layout._replace(dtype=input.dtype)))
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

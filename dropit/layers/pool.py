@@ -8,15 +8,25 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import LosslessLayer, placeholder, save_form
+from dropit.layers.layer import (
+    LosslessLayer,
+    autocast_as,
+    each,
+    none_for_none,
+    placeholder,
+    save_form,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.packed import flatten, unflatten
 from dropit.stored import offer, offered
 
+_PLAIN = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
 _BACKWARD = {2: torch.ops.aten.max_pool2d_with_indices_backward, 3: torch.ops.aten.max_pool3d_with_indices_backward}
 
@@ -43,6 +53,7 @@ class DropITMaxPoolFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the offsets."""
+        without_zeros(ctx)
         input, ctx.windows = inputs
         indices = output[1]
         ctx.mark_non_differentiable(indices)
@@ -52,6 +63,7 @@ class DropITMaxPoolFunction(Function):
         ctx.save_for_backward(ops.pack_small(flat, _size(ctx.windows)))
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
         (stored,) = ctx.saved_tensors
@@ -117,7 +129,8 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         """input: (N, C, *spatial) or (C, *spatial)."""
         windows = self._windows()
         if not self.packs(input) or self.return_indices or _size(windows) > 256:
-            return super().forward(input)  # type: ignore[misc]
+            return self.unsaved(super().forward, input)  # type: ignore[misc]
+        input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)
         if self.dimensions > 1:
             return dropit_max_pool(input, windows)
         # One dimension is two, as PyTorch has it.
@@ -125,12 +138,14 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         return dropit_max_pool(input.unsqueeze(-2), flat).squeeze(-2)
 
     def _windows(self) -> Windows:
-        each = self._each
-        sizes = each(self.kernel_size), each(self.stride), each(self.padding), each(self.dilation)
+        count, stride = self.dimensions, self.kernel_size if self.stride is None else self.stride
+        sizes = (
+            each(self.kernel_size, count),
+            each(stride, count),
+            each(self.padding, count),
+            each(self.dilation, count),
+        )
         return Windows(*sizes, self.ceil_mode)
-
-    def _each(self, size: int | tuple[int, ...]) -> tuple[int, ...]:
-        return (size,) * self.dimensions if isinstance(size, int) else tuple(size)
 
 
 @register

@@ -11,9 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import LosslessLayer, save_inside, save_mask, saved_mask, where_saved
+from dropit.layers.layer import (
+    LosslessLayer,
+    none_for_none,
+    save_inside,
+    save_mask,
+    saved_mask,
+    where_saved,
+    without_zeros,
+)
 from dropit.layers.table import register
 from dropit.stored import offer, offered
+
+_aten = torch.ops.aten
 
 
 class DropITReLUFunction(Function):
@@ -35,30 +45,55 @@ class DropITReLUFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save where the gradient passes. The output tells as well as the input: y <= lower where x is."""
-        input, lower, upper, ctx.slope, inplace = inputs
+        without_zeros(ctx)
+        input, lower, ctx.upper, ctx.slope, inplace = inputs
         if inplace:
             ctx.mark_dirty(input)
         # The gradient of NaN passes, as PyTorch has it but for hardtanh, where it depends on the place in the tensor,
         # and for a leaky ReLU.
         if ctx.slope:
             save_mask(ctx, output > 0)
-        else:
-            save_inside(ctx, output, lower, upper)
+        elif _holds(output.dtype, lower) and _holds(output.dtype, ctx.upper):
+            save_inside(ctx, output, lower, ctx.upper)
+        else:  # PyTorch compares the input with other bounds than it clamps to: by its operator
+            passes = _aten.hardtanh_backward(torch.ones_like(output), input.detach(), lower, ctx.upper)
+            save_mask(ctx, passes != 0)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output where it passes, slope * grad_output elsewhere."""
         if ctx.slope:
             grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope)
         else:
-            grad_input = where_saved(ctx, grad_output)
+            grad_input = where_saved(ctx, grad_output, _relu_backward if ctx.upper == math.inf else _hardtanh_backward)
         return grad_input, None, None, None, None
+
+
+def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.threshold_backward(grad, x, 0)  # type: ignore[no-any-return]
+
+
+def _hardtanh_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.hardtanh_backward(grad, x, 0, math.inf)  # type: ignore[no-any-return]
+
+
+def _holds(dtype: torch.dtype, bound: float) -> bool:
+    """Whether the dtype has this very number."""
+    digits = {torch.bfloat16: 8, torch.float16: 11}.get(dtype)
+    if digits is None or bound == 0 or math.isinf(bound):
+        return True
+    limits = torch.finfo(dtype)
+    mantissa, _ = math.frexp(bound)
+    return limits.tiny <= abs(bound) <= limits.max and (mantissa * 2**digits).is_integer()
 
 
 def dropit_relu(
     input: Tensor, inplace: bool = False, *, lower: float = 0.0, upper: float = math.inf, slope: float = 0.0
 ) -> Tensor:
     """``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu`` that keeps a bit per element."""
+    if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
+        return input.copy_(dropit_relu(input.clone(), lower=lower, upper=upper, slope=slope))
     known = offered(input)
     output = DropITReLUFunction.apply(input, lower, upper, slope, inplace)
     return offer(output, known and known.then(partial(_again, lower, upper, slope)))
@@ -77,7 +112,7 @@ class DropITReLU(LosslessLayer, nn.ReLU):
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
         if not self.packs(input):
-            return super().forward(input)
+            return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace)
 
 
@@ -89,8 +124,10 @@ class DropITHardtanh(LosslessLayer, nn.Hardtanh):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if not self.packs(input):
-            return super().forward(input)
+        exact = _holds(input.dtype, self.min_val) and _holds(input.dtype, self.max_val)
+        hidden = self.inplace and not exact  # the output does not tell what the input would
+        if not self.packs(input) or hidden or self.max_val == math.inf:
+            return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace, lower=self.min_val, upper=self.max_val)
 
 
@@ -110,5 +147,5 @@ class DropITLeakyReLU(LosslessLayer, nn.LeakyReLU):
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
         if not self.packs(input) or self.negative_slope <= 0:
-            return super().forward(input)
+            return self.unsaved(super().forward, input)
         return dropit_relu(input, self.inplace, slope=self.negative_slope)

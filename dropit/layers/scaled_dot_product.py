@@ -2,6 +2,10 @@
 
 The backward pass attends again. Where the projection of attention's output is part of it, that gives the projection's
 input as well: it is not dropped from, then, and takes no memory.
+
+Dropout's mask is drawn again too. On a CPU a generator of its own draws it, from the state that PyTorch's generator had
+in the forward pass. On a GPU only PyTorch's own kernels know how: its generator is set back to that state and, when the
+kernel has run, to where it was; another thread that draws from it at that moment draws the same numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +19,15 @@ from torch import Tensor
 from torch.autograd import Function
 
 from dropit import ops
-from dropit.layers.layer import autocast, first_order_only, no_view
+from dropit.layers.layer import (
+    anchor,
+    autocast,
+    first_order_only,
+    no_view,
+    none_for_none,
+    without_zeros,
+)
+from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
 from dropit.packer import Packer
 from dropit.tracing import is_mapped, is_traced
@@ -41,7 +53,14 @@ class DropITScaledDotProductFunction(Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, random: Tensor | None, *parts: Any
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        form: Form,
+        random: Tensor | None,
+        anchor: Tensor | None,
+        *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
         return no_view(form.attend(q, k, v, mask))
@@ -49,14 +68,17 @@ class DropITScaledDotProductFunction(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the packed q, k, v, the mask and the state of the random numbers."""
-        _, _, _, mask, ctx.form, random, *parts = inputs
-        _save(ctx, parts, mask, random)
+        without_zeros(ctx)
+        _, _, _, mask, ctx.form, random, anchor, *parts = inputs
+        _save(ctx, parts, anchor, mask, random)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, heads, L, head_dim)."""
-        _, *grads = _attend_again(ctx, *ctx.saved_tensors, grad_context=grad_output)
-        return *map(first_order_only, grads), *[None] * 15
+        anchor, *saved = ctx.saved_tensors
+        _, *grads = _attend_again(ctx, *saved, grad_context=grad_output)
+        return *(first_order_only(grad, anchor) for grad in grads), *[None] * 16
 
 
 class DropITAttentionFunction(Function):
@@ -72,39 +94,43 @@ class DropITAttentionFunction(Function):
         mask: Tensor | None,
         form: Form,
         random: Tensor | None,
+        anchor: Tensor | None,
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` and ``random`` as above."""
-        return no_view(F.linear(_side_by_side(form.attend(q, k, v, mask)), weight, bias))
+        context = _side_by_side(form.attend(q, k, v, mask))
+        rows = F.linear(as_rows(context), weight, bias)  # by rows, as PyTorch has it
+        return no_view(rows.view(*context.shape[:-1], rows.shape[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what attention alone would, and the weight."""
-        _, _, _, weight, _, mask, ctx.form, random, *parts = inputs
-        _save(ctx, parts, mask, random, weight)
+        without_zeros(ctx)
+        _, _, _, weight, _, mask, ctx.form, random, anchor, *parts = inputs
+        _save(ctx, parts, weight, anchor, mask, random)
 
     @staticmethod
+    @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (L, N, E)."""
-        weight, *saved = ctx.saved_tensors
+        weight, anchor, *saved = ctx.saved_tensors
         length, samples, _ = grad_output.shape
         heads = ctx.layouts[0].shape[1]
         grad_context = (grad_output @ weight).view(length, samples, heads, -1).permute(1, 2, 0, 3)
         context, *grads = _attend_again(ctx, *saved, grad_context=grad_context)
         grad_weight = grad_bias = None
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        rows = as_rows(grad_output)
         if ctx.needs_input_grad[3]:
-            grad_weight = rows.t() @ _side_by_side(context).reshape(len(rows), -1)
+            grad_weight = rows.t() @ as_rows(_side_by_side(context))
         if ctx.needs_input_grad[4]:
             grad_bias = rows.sum(dim=0)
-        once = [None if grad is None else first_order_only(grad) for grad in (*grads, grad_weight)]
-        return *once, grad_bias, *[None] * 15
+        once = [None if grad is None else first_order_only(grad, anchor) for grad in (*grads, grad_weight)]
+        return *once, grad_bias, *[None] * 16
 
 
-def _save(ctx: Any, parts: list[Any], mask: Tensor | None, random: Tensor | None, *others: Tensor) -> None:
+def _save(ctx: Any, parts: list[Any], *others: Tensor | None) -> None:
     ctx.layouts = parts[3::4]
-    tensors = [part for part in parts if not isinstance(part, Layout)]
-    ctx.save_for_backward(*others, mask, random, *tensors)
+    ctx.save_for_backward(*others, *(part for part in parts if not isinstance(part, Layout)))
 
 
 def _attend_again(
@@ -113,9 +139,10 @@ def _attend_again(
     """The context, and the gradients of q, k and v, from what :func:`_save` saved."""
     packed = zip(tensors[::3], tensors[1::3], tensors[2::3], ctx.layouts, strict=True)
     q, k, v = (ops.unpack(Packed(*each)) for each in packed)  # type: ignore[arg-type]
-    # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced.
-    if is_traced() and ctx.form.dropout == 0 and not ctx.form.enable_gqa:
-        return _attend_by_formula(q, k, v, mask, ctx.form, grad_context)
+    # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced, and
+    # draws dropout's mask from the generator that everybody uses.
+    if is_traced() or (random is not None and not q.is_cuda):
+        return _attend_by_formula(q, k, v, mask, ctx.form, random, grad_context)
     return _attend_by_kernel(q, k, v, mask, ctx.form, random, grad_context)
 
 
@@ -128,7 +155,7 @@ def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: For
     """Whether attention can be told to keep q, k and v in few bits: wherever it could be run again in backward."""
     if is_mapped(q) or (mask is not None and mask.requires_grad):
         return False
-    if torch.compiler.is_compiling() and (form.dropout > 0 or form.enable_gqa):
+    if form.dropout > 0 and (torch.compiler.is_compiling() or (q.is_cuda and is_traced())):
         return False  # a graph draws no random numbers twice
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
@@ -141,7 +168,7 @@ def dropit_scaled_dot_product(
     ``mask`` gets no gradient.
     """
     q, k, v = autocast(q, k, v)
-    return DropITScaledDotProductFunction.apply(q, k, v, mask, form, *_kept(q, k, v, form, packer))  # type: ignore[no-any-return]
+    return DropITScaledDotProductFunction.apply(q, k, v, mask, form, *_saved(q, k, v, form, packer))  # type: ignore[no-any-return]
 
 
 def dropit_attention(
@@ -155,14 +182,20 @@ def dropit_attention(
     packer: Packer,
 ) -> Tensor:
     """The same, projected: (L, N, E)."""
-    _, w, b = autocast(q, weight, bias)
-    return DropITAttentionFunction.apply(q, k, v, w, b, mask, form, *_kept(q, k, v, form, packer))  # type: ignore[no-any-return]
+    q, k, v, w, b = autocast(q, k, v, weight, bias)
+    return DropITAttentionFunction.apply(q, k, v, w, b, mask, form, *_saved(q, k, v, form, packer))  # type: ignore[no-any-return]
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor, form: Form, packer: Packer) -> tuple[Any, ...]:
-    """The state of the random numbers, if any are drawn, and the parts of the packed tensors."""
+def _saved(q: Tensor, k: Tensor, v: Tensor, form: Form, packer: Packer) -> tuple[Any, ...]:
+    """The state of the random numbers, if any are drawn, an anchor, and the parts of the packed tensors."""
     random = _random_state(q.device) if form.dropout > 0 else None
-    return random, *(part for x in (q, k, v) for part in packer.quantize(x))
+    packed = (packer.quantize(x, role) for x, role in ((q, "query"), (k, "key"), (v, "value")))
+    return random, _anchor_of(q, k, v), *(part for each in packed for part in each)
+
+
+def _anchor_of(*tensors: Tensor) -> Tensor | None:
+    anchors = [each for each in map(anchor, tensors) if each is not None]
+    return torch.cat(anchors) if anchors else None
 
 
 def _attend_by_kernel(
@@ -184,9 +217,18 @@ def _attend_by_kernel(
 
 
 def _attend_by_formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, grad_context: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    form: Form,
+    random: Tensor | None,
+    grad_context: Tensor,
 ) -> tuple[Tensor, ...]:
     """The same, with the weights (N, heads, L, S) in memory for a while."""
+    groups = q.shape[-3] // k.shape[-3] if form.enable_gqa else 1
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
     scale = 1 / math.sqrt(q.shape[-1]) if form.scale is None else form.scale
     scores = q @ k.transpose(-2, -1) * scale
     if form.is_causal:
@@ -194,11 +236,34 @@ def _attend_by_formula(
         scores = scores.masked_fill(hidden, -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
-    weights = scores.softmax(dim=-1)
+    weights = _softmax(scores)
+    kept = None if random is None else _dropout_mask(weights, form.dropout, random)
+    dropped = weights if kept is None else weights * kept
     grad_weights = grad_context @ v.transpose(-2, -1)
+    if kept is not None:
+        grad_weights = grad_weights * kept
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
-    grad_v = weights.transpose(-2, -1) @ grad_context
-    return weights @ v, grad_scores @ k, grad_scores.transpose(-2, -1) @ q, grad_v
+    grad_k, grad_v = grad_scores.transpose(-2, -1) @ q, dropped.transpose(-2, -1) @ grad_context
+    return dropped @ v, grad_scores @ k, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """As PyTorch's attention has it: a row that a mask hides whole has weights of zero."""
+    hidden = (scores == -math.inf).all(dim=-1, keepdim=True)
+    return scores.masked_fill(hidden, 0.0).softmax(dim=-1).masked_fill(hidden, 0.0)
+
+
+def _dropout_mask(weights: Tensor, p: float, state: Tensor) -> Tensor:
+    """What the forward pass multiplied the weights by: 0 or 1 / (1 - p)."""
+    generator = torch.Generator()
+    generator.set_state(state)
+    noise = torch.empty(weights.shape, dtype=torch.promote_types(weights.dtype, torch.float32))
+    return noise.bernoulli_(1 - p, generator=generator).div_(1 - p).to(weights.dtype)
+
+
+def _sum_groups(grad: Tensor, groups: int) -> Tensor:
+    """(..., heads, S, n) -> (..., heads / groups, S, n)."""
+    return grad if groups == 1 else grad.unflatten(-3, (-1, groups)).sum(dim=-3)
 
 
 def _random_state(device: torch.device) -> Tensor:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,6 +16,7 @@ from torch import nn
 from dropit.layers.layer import DropITLayer
 
 SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {}  # the same, the other way round
 # Layers for any module whose forward names one of these functions.
 CALLERS: dict[str, type[DropITLayer]] = {}
 # Packages that are not imported unless the model brings them: the module here that has the layers of theirs.
@@ -25,8 +29,11 @@ _LAZY = {
     "timm.layers.activations": "dropit.layers.timm",
     "torchvision.models.convnext": "dropit.layers.torchvision",
 }
+# What DropIT shows of a layer, where the layer's class has nothing of that name itself.
+_SHOWN = ("packer", "strategy", "plain")
+_READ = ("inplace",)  # what they define for layers that do not have it
 # What else of a class decides what its forward computes.
-_PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
+PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
 
 Layer = TypeVar("Layer", bound=type[DropITLayer])
 
@@ -42,8 +49,13 @@ def register(layer: Layer) -> Layer:
         raise TypeError(f"{layer!r} is not a subclass of PackedInputLayer, LosslessLayer or QuantizedLayer")
     if not (isinstance(plain, type) and issubclass(layer, plain)):
         raise TypeError(f"{layer.__name__}.plain must be the class that it takes the place of, got {plain!r}")
-    SWAPS[plain] = layer
+    _enter(plain, layer)
     return layer
+
+
+def _enter(plain: type[nn.Module], layer: type[DropITLayer]) -> None:
+    SWAPS[plain] = layer
+    _PLAIN[layer] = plain
 
 
 def register_callers(*names: str) -> Callable[[Layer], Layer]:
@@ -57,8 +69,60 @@ def register_callers(*names: str) -> Callable[[Layer], Layer]:
 
 
 def plain_type(module: nn.Module) -> type[nn.Module]:
-    """The module's class, or the one it had before it was swapped."""
-    return module.plain if isinstance(module, DropITLayer) else type(module)
+    """The module's own class, which is below any that PyTorch laid over it, or the one it had before it was swapped."""
+    own = _own_type(type(module))
+    return _PLAIN.get(own, own)
+
+
+def set_own_type(module: nn.Module, own: type[nn.Module]) -> None:
+    """Give the module another class, below those that are laid over its present one."""
+    if own is not _own_type(type(module)):
+        module.__class__ = _laid_over(type(module), _own_type(type(module)), own)  # type: ignore[assignment]
+
+
+def has_fixed_type(module: nn.Module) -> bool:
+    """Whether its class must stay, as methods are bound to it: ``super()`` of one laid over it, or a stored forward."""
+    own = _own_type(type(module))
+    above = [each for each in type(module).__mro__ if issubclass(each, own) and each is not own]
+    codes = [getattr(value, "__code__", None) for each in above for value in vars(each).values()]
+    if any("__class__" in getattr(code, "co_freevars", ()) for code in codes):
+        return True
+    swapped = [part for part in PARTS_OF_FORWARD if getattr(own, part, None) is not getattr(_PLAIN[own], part, None)]
+    return not vars(module).keys().isdisjoint(swapped)
+
+
+def _own_type(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class that was swapped in; or ``kind``, without those that PyTorch makes at run time and lays over it."""
+    swapped = next((each for each in kind.__mro__ if each in _PLAIN), None)
+    if swapped is not None:
+        return swapped  # type: ignore[no-any-return]
+    while _is_made_by_torch(kind):
+        kind = kind.__bases__[-1]
+    return kind
+
+
+def _is_made_by_torch(kind: type[nn.Module]) -> bool:
+    """Whether it is a class such as ParametrizedLinear or FSDPLinear, which no module of PyTorch's has by that name."""
+    home, name = kind.__module__, kind.__qualname__
+    if home.partition(".")[0] != "torch" or "<locals>" in name or not issubclass(kind.__bases__[-1], nn.Module):
+        return False
+    found: Any = sys.modules.get(home)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not kind
+
+
+def _laid_over(kind: type, below: type, instead: type) -> type:
+    """``kind``, which is ``below`` or derives from it, with ``instead`` in its place.
+
+    A new class with what ``kind`` defines: PyTorch writes properties into it, and takes its base for the module's own.
+    """
+    if kind is below:
+        return instead
+    bases = tuple(_laid_over(base, below, instead) if issubclass(base, below) else base for base in kind.__bases__)
+    members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    name = kind.__name__.removesuffix(below.__name__)
+    return type(name + instead.__name__ if name != kind.__name__ else name, bases, members)
 
 
 def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
@@ -72,7 +136,8 @@ def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
         if like is None:
             return None
         members = {"plain": plain, "__doc__": like.__doc__, "__reduce_ex__": _reduce}
-        SWAPS[plain] = type(f"DropIT{plain.__name__}", (like, plain), members)
+        members |= {name: inspect.getattr_static(plain, name) for name in _SHOWN if hasattr(plain, name)}
+        _enter(plain, type(f"DropIT{plain.__name__}", (like, plain), members))
     return SWAPS[plain]
 
 
@@ -81,9 +146,33 @@ def _entry_like(plain: type[nn.Module]) -> type[DropITLayer] | None:
     parent = parent_in_table(plain)
     if parent is not None and _computes_the_same(plain, parent):
         return SWAPS[parent]
+    return next((CALLERS[name] for name in _names_in_forward(plain) if name in CALLERS), None)
+
+
+def calls_registered(plain: type[nn.Module]) -> bool:
+    """Whether the class's own forward names a function of CALLERS."""
+    return any(name in CALLERS for name in _names_in_forward(plain))
+
+
+def in_the_way(module: nn.Module, swap: type[DropITLayer]) -> str | None:
+    """A name that the module or its own class gives to something else than ``swap`` does."""
+    ours, base = _names_added(swap)  # type: ignore[arg-type]
+    theirs = {*vars(module), *module._parameters, *module._buffers, *module._modules, *dir(_PLAIN[swap])}
+    return min(ours & theirs - base, default=None)
+
+
+@cache
+def _names_added(swap: type[DropITLayer]) -> tuple[frozenset[str], frozenset[str]]:
+    """What DropIT's classes define, but for what they show, and what the class has for which they are made."""
+    classes = [each for each in swap.__mro__ if issubclass(each, DropITLayer)]
+    made_here = vars(swap).get("__reduce_ex__") is _reduce
+    names = {name for each in classes for name in vars(each) if not name.startswith(("__", "_dropit"))}
+    return frozenset(names.difference(_SHOWN, _READ)), frozenset(dir(classes[made_here].plain))
+
+
+def _names_in_forward(plain: type[nn.Module]) -> tuple[str, ...]:
     code = getattr(inspect.unwrap(plain.forward), "__code__", None)
-    called = [CALLERS[name] for name in getattr(code, "co_names", ()) if name in CALLERS]
-    return called[0] if called else None
+    return getattr(code, "co_names", ())
 
 
 def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:
@@ -94,15 +183,23 @@ def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:
 def _computes_the_same(plain: type[nn.Module], parent: type[nn.Module]) -> bool:
     # A lazy module has no shape yet, and becomes its parent when it has.
     lazy = issubclass(plain, nn.modules.lazy.LazyModuleMixin)
-    return not lazy and all(getattr(plain, part, None) is getattr(parent, part, None) for part in _PARTS_OF_FORWARD)
+    return not lazy and all(getattr(plain, part, None) is getattr(parent, part, None) for part in PARTS_OF_FORWARD)
 
 
 def _reduce(self: DropITLayer, protocol: Any) -> tuple[Any, ...]:
-    """How pickle and copy take a module whose class was made here: by its plain class."""
-    return _rebuild, (self.plain,), self.__dict__
+    """How pickle and copy take a module whose class was made here: as the plain class does, and then swapped."""
+    own = _own_type(type(self))
+    made: Any = super(own, self).__reduce_ex__(max(protocol, 2))  # type: ignore[misc]
+    if type(self) is not own:  # whoever laid a class over it says whether it can be pickled
+        return made  # type: ignore[no-any-return]
+    make, arguments, *rest = made
+    plain = _PLAIN[own]
+    return _rebuild, (plain, make, *(plain if each is own else each for each in arguments)), *rest
 
 
-def _rebuild(plain: type[nn.Module]) -> nn.Module:
+def _rebuild(plain: type[nn.Module], make: Callable[..., nn.Module] = copyreg.__newobj__, *arguments: Any) -> nn.Module:  # type: ignore[attr-defined]
+    module = make(*arguments)
     swap = swap_for(plain)
     assert swap is not None
-    return swap.__new__(swap)
+    module.__class__ = swap  # type: ignore[assignment]
+    return module

@@ -12,9 +12,9 @@ from timm.layers.std_conv import ScaledStdConv2d
 from torch import Tensor
 
 from dropit.layers.activation import DropITActivation
-from dropit.layers.conv import Geometry, dropit_conv
+from dropit.layers.conv import Geometry, dropit_conv, is_usual
 from dropit.layers.layer import PackedInputLayer, QuantizedLayer
-from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm, dropit_layer_norm_2d
+from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm, dropit_layer_norm_2d, has_batches
 from dropit.layers.table import register
 
 
@@ -28,7 +28,7 @@ class DropITLayerNorm(QuantizedLayer, LayerNorm):
         """x: (..., C)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm(x, self, self.packer)
+        return dropit_layer_norm(x, self, self._dropit_packer)
 
 
 @register
@@ -41,7 +41,7 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
         """x: (N, C, H, W)."""
         if not self.packs(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm_2d(x, self, self.packer)
+        return dropit_layer_norm_2d(x, self, self._dropit_packer)
 
 
 @register
@@ -52,9 +52,9 @@ class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W)."""
-        if not self.packs(x) or x.numel() == x.shape[1]:
+        if not self.packs(x) or x.dim() != 4 or not has_batches(x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return self.act(self.drop(dropit_batch_norm(x, self, self.packer)))  # type: ignore[no-any-return]
+        return self.act(self.drop(dropit_batch_norm(x, self, self._dropit_packer)))  # type: ignore[no-any-return]
 
 
 @register
@@ -65,12 +65,16 @@ class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W)."""
-        if not self.packs(self.weight) or isinstance(self.padding, str):
+        if not self.saves(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
-        rows, gain = self.weight.reshape(1, self.out_channels, -1), (self.gain * self.scale).view(-1)
+        # Each is read as often as by timm, and in its order: a parametrization may go on with each reading.
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        gain = (self.gain * self.scale).view(-1)
         weight = F.batch_norm(rows, None, None, weight=gain, training=True, momentum=0.0, eps=self.eps)
-        geometry = Geometry(self.stride, self.padding, self.dilation, False, (0, 0), self.groups)
-        return dropit_conv(x, weight.reshape_as(self.weight), self.bias, geometry, self.packer)
+        weight, bias = weight.reshape_as(self.weight), self.bias
+        if isinstance(self.padding, str) or not is_usual(x, weight):
+            return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return dropit_conv(x, weight, bias, Geometry.of(self, weight, self.padding), self._dropit_packer)
 
 
 @register

@@ -23,4 +23,4 @@ class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):  # type: ignore[misc]
         if not self.packs(x):
             return super().forward(x)  # type: ignore[no-any-return]
         layer: Any = self  # of torchvision, which has no types
-        return dropit_layer_norm_2d(x, layer, self.packer)
+        return dropit_layer_norm_2d(x, layer, self._dropit_packer)

@@ -16,7 +16,7 @@ from dropit.layers.table import register
 class _DropITFeedForward(LosslessLayer):
     def _ff_block(self: Any, x: Tensor) -> Tensor:
         hidden = self.linear1(x)
-        packer = getattr(self.linear1, "packer", None)
+        packer = getattr(self.linear1, "_dropit_packer", None)
         if self.activation is F.relu and self.packs(hidden):
             hidden = dropit_relu(hidden)
         elif self.activation is F.gelu and packer is not None and packer.bits is not None and self.packs(hidden):

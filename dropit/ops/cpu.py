@@ -206,7 +206,8 @@ def _place(values: Tensor, bits: Tensor, n: int) -> Tensor:
     dense = values.new_zeros(n)
     marks = bits.numpy()
     placed, kept = (x.view(reference.INTEGER_OF_SIZE[x.element_size()]).numpy() for x in (dense, values))
-    firsts = np.add.reduceat(_ONES[marks], np.arange(0, len(marks), _PIECE // 8), dtype=np.int64).cumsum()
+    counts = np.add.reduceat(_ONES[marks], np.arange(0, len(marks), _PIECE // 8), dtype=np.int64)
+    lasts = counts.cumsum().tolist()
 
     def work(start: int, first: int, last: int) -> None:
         piece = placed[start : start + _PIECE]
@@ -214,7 +215,7 @@ def _place(values: Tensor, bits: Tensor, n: int) -> Tensor:
         piece[np.flatnonzero(mask.view(np.bool_))] = kept[first:last]
 
     starts = range(0, n, _PIECE)
-    _in_threads(n, work, list(zip(starts, [0, *firsts[:-1].tolist()], firsts.tolist(), strict=True)))
+    _in_threads(n, work, list(zip(starts, [0, *lasts][: len(lasts)], lasts, strict=True)))
     return dense
 
 

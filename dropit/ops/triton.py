@@ -102,28 +102,35 @@ def _to_bfloat16(x):
 @triton.autotune(_CONFIGS, key=["BITS"])
 @triton.jit
 def _quantize_groups(
-    source, noise, steps, scales, n, tiny, top, most, NOISY: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
+    source, noise, steps, scales, n, top, most, NOISY: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Groups of 32 elements as multiples of a scale."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows.to(tl.int64)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
     x = tl.load(source + at, mask=at < n, other=0)
     wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
-    magnitude = tl.abs(wide)
-    odd = tl.sum((magnitude != magnitude).to(tl.int32), axis=1) > 0  # a maximum may leave NaN out
-    largest = tl.where(odd, float("nan"), tl.max(tl.where(magnitude == magnitude, magnitude, 0), axis=1))
-    least = tl.zeros_like(largest) + tiny
-    scale = _to_bfloat16(tl.where(largest / top < least, least, largest / top).to(tl.float32))
-    tl.store(scales + rows, scale, mask=rows.to(tl.int64) * _GROUP < n)
-    quotient = wide / scale.to(wide.dtype)[:, None]
+    finite = tl.abs(wide) < float("inf")
+    wide = tl.where(finite, wide, 0)
+    largest = tl.max(tl.abs(wide), axis=1)
+    one = tl.full((ROWS,), 1, wide.dtype)
+    if source.dtype.element_ty == tl.float64:
+        scale = (tl.maximum(largest / top, 2.2250738585072014e-308).to(tl.int64, bitcast=True) + 0x7FFFFFFFFFFF) >> 47
+        tl.store(scales + rows, scale.to(tl.int16), mask=rows.to(tl.int64) * _GROUP < n)
+        reciprocal = one / (scale << 47).to(tl.float64, bitcast=True)
+    else:
+        scale = _to_bfloat16(tl.maximum(tl.div_rn(largest, one * top), 1.1754943508222875e-38))
+        tl.store(scales + rows, scale, mask=rows.to(tl.int64) * _GROUP < n)
+        reciprocal = tl.div_rn(one, scale.to(tl.float32))
+    # What bounds the product also keeps a compiler from adding to it before it is rounded.
+    step = tl.minimum(tl.maximum(wide * reciprocal[:, None], -most), most)
     if NOISY:
-        rounded = tl.floor(quotient + tl.load(noise + at, mask=at < n, other=0).to(wide.dtype))
+        step = tl.floor(step + tl.load(noise + at, mask=at < n, other=0).to(wide.dtype))
+        step = tl.minimum(step, most)
     else:
         # To the nearest, of two equally near to the even one: what this adds leaves no bits for a fraction.
         shift = 6755399441055744.0 if wide.dtype == tl.float64 else 12582912.0
-        rounded = (quotient + shift) - shift
-    bounded = tl.minimum(tl.maximum(rounded, -most), most)
-    whole = tl.where(rounded == rounded, bounded, 0).to(tl.int32)  # Inf by Inf is no number
+        step = (step + shift) - shift
+    whole = tl.where(finite, step, -most - 1).to(tl.int32)
     if BITS != 4:
         tl.store(steps + at, whole.to(steps.dtype.element_ty), mask=at < n)
     else:
@@ -135,8 +142,8 @@ def _quantize_groups(
 
 @triton.autotune(_CONFIGS, key=["BITS"])
 @triton.jit
-def _dequantize_groups(steps, scales, dense, n, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Steps times scales."""
+def _dequantize_groups(steps, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Steps times scales, no larger than LIMIT; NaN for the lowest step."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _GROUP)
     at = rows.to(tl.int64)[:, None] * _GROUP + columns[None, :]
@@ -146,12 +153,13 @@ def _dequantize_groups(steps, scales, dense, n, BITS: tl.constexpr, ROWS: tl.con
         byte = tl.load(steps + at // 2, mask=at < n, other=0).to(tl.int32)
         step = ((byte >> (columns % 2 * 4)[None, :]) & 15) - 8
     scale = tl.load(scales + rows, mask=rows.to(tl.int64) * _GROUP < n, other=0)
-    kind = dense.dtype.element_ty
-    if kind == tl.float64:
-        product = step.to(tl.float64) * scale.to(tl.float64)[:, None]
+    if scales.dtype.element_ty == tl.int16:
+        wide = ((scale.to(tl.int64) & 0xFFFF) << 47).to(tl.float64, bitcast=True)
     else:
-        # A half-precision scale is rounded to the tensor's type first, as the reference does.
-        product = step.to(tl.float32) * scale.to(kind).to(tl.float32)[:, None]
+        wide = scale.to(tl.float32)
+    product = tl.minimum(tl.maximum(step.to(wide.dtype) * wide[:, None], -LIMIT), LIMIT)
+    product = tl.where(step == -(1 << (BITS - 1)), float("nan"), product)
+    kind = dense.dtype.element_ty
     rounded = _to_bfloat16(product) if kind == tl.bfloat16 else product.to(kind)
     tl.store(dense + at, rounded, mask=at < n)
 
@@ -223,14 +231,14 @@ def _quantize_op(flat: Tensor, noise: Tensor | None, bits: int) -> tuple[Tensor,
     size, kind = {16: (n, torch.int16), 8: (n, torch.int8), 4: (-(-n // 2), torch.uint8)}[bits]
     top, most = reference.STEPS[bits]
     steps = torch.empty(size, dtype=kind, device=flat.device)
-    scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.bfloat16, device=flat.device)
+    scale_type = torch.int16 if flat.dtype is torch.float64 else torch.bfloat16
+    scales = torch.empty(-(-n // SCALE_GROUP), dtype=scale_type, device=flat.device)
     wrap_triton(_quantize_groups)[_programs(len(scales))](
         flat,
         flat if noise is None else noise,
         steps,
         scales,
         n,
-        torch.finfo(torch.bfloat16).tiny,
         float(top),
         float(most),
         NOISY=noise is not None,
@@ -244,7 +252,9 @@ def _dequantize_op(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
     """(n,) of ``dtype``."""
     dense = torch.empty(n, dtype=dtype, device=steps.device)
     bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[steps.dtype]
-    wrap_triton(_dequantize_groups)[_programs(len(scales))](steps, scales, dense, n, BITS=bits)
+    wrap_triton(_dequantize_groups)[_programs(len(scales))](
+        steps, scales, dense, n, LIMIT=torch.finfo(dtype).max, BITS=bits
+    )
     return dense
 
 
@@ -307,7 +317,7 @@ def narrow(values: Tensor, value_dtype: torch.dtype) -> tuple[Tensor, Tensor | N
 def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As :func:`dropit.ops.reference.quantize`."""
     steps, scales = _quantize_op(x.reshape(-1), None if noise is None else noise.reshape(-1), bits)
-    return steps.view(x.shape) if bits == 8 else steps, scales
+    return steps.view(x.shape) if bits != 4 else steps, scales
 
 
 def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:

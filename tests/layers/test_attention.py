@@ -160,3 +160,33 @@ def test_causal_without_a_mask_is_pytorchs_error():
     x = torch.randn(7, 3, E, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         ours(x, x, x, is_causal=True)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_a_batch_of_no_samples(compress, need_weights):
+    plain = nn.MultiheadAttention(E, 2, batch_first=True)
+    ours = dropit.to_dropit(copy.deepcopy(plain), compress=compress)
+    results = []
+    for layer in (plain, ours):
+        x = torch.randn(0, 5, E, requires_grad=True)
+        y = layer(x, x, x, need_weights=need_weights)[0]
+        y.sum().backward()
+        results.append((y.shape, layer.in_proj_weight.grad))
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_at_gamma_zero_learned_biases_have_plains_gradients_under_autocast():
+    plain = nn.MultiheadAttention(E, 2, add_bias_kv=True)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0)
+    quantized = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int8")
+    x = torch.randn(5, 3, E)
+    for layer in (plain, ours, quantized):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x, x, x, need_weights=False)[0]
+        y.float().square().sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(ours.get_parameter(name).grad, parameter.grad)
+        off = quantized.get_parameter(name).grad - parameter.grad
+        assert off.norm() < 0.05 * max(parameter.grad.norm(), plain.out_proj.weight.grad.norm())

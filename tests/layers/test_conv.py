@@ -1,3 +1,4 @@
+import copy
 import itertools
 
 import pytest
@@ -83,7 +84,7 @@ def check_against_masked_after_padding(mode, kernel, padding):
     grad_input, ours_weight = gradients(y, grad_output, [x, ours.weight])
     torch.testing.assert_close(grad_input, gradients(exact, grad_output, [x])[0], rtol=1e-12, atol=1e-12)
 
-    seen, rest = ours._pad(x.detach())
+    seen, rest = ours._pad(x.detach(), ours.weight)
     by_hand = F.conv2d(masked(ours.packer, seen), plain.weight, padding=rest)
     torch.testing.assert_close(ours_weight, gradients(by_hand, grad_output, [plain.weight])[0], rtol=1e-12, atol=1e-12)
 
@@ -136,3 +137,101 @@ def test_autocast_gives_plain_pytorchs_output(dtype):
     assert torch.equal(y, exact)
     y.float().sum().backward()
     assert ours.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+def as_set_later(module, **later):
+    for name, value in later.items():
+        setattr(module, name, value)
+    return module
+
+
+LATER = {
+    "padding": (nn.Conv2d(8, 12, 3), {"padding": (2, 1)}),
+    "one number": (nn.Conv2d(8, 12, 3), {"padding": 2, "dilation": 2, "stride": 2}),
+    "dilation": (nn.Conv2d(8, 12, 3, padding=1), {"dilation": (2, 2), "padding": (2, 2)}),
+    "groups": (nn.Conv2d(8, 8, 3, groups=8), {"padding": (1, 1), "stride": (2, 2)}),
+    "same": (nn.Conv2d(8, 12, 3, padding="same"), {"dilation": (3, 2)}),
+    "same, even": (nn.Conv2d(8, 12, (2, 4), padding="same"), {"dilation": (3, 2)}),
+    "valid": (nn.Conv2d(8, 12, 3, padding=1), {"padding": "valid"}),
+    "to same": (nn.Conv2d(8, 12, 3), {"padding": "same"}),
+    "reflect": (nn.Conv2d(8, 12, 3, padding=1, padding_mode="reflect"), {"padding": (2, 2), "dilation": (2, 2)}),
+    "another mode": (nn.Conv2d(8, 12, 3, padding=1), {"padding_mode": "circular"}),
+    "transposed": (nn.ConvTranspose2d(8, 12, 3), {"padding": (1, 1), "stride": (2, 2), "dilation": (2, 2)}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("name", LATER)
+def test_what_is_set_after_construction_is_read_at_call_time(name, gamma):
+    plain, later = LATER[name]
+    plain = as_set_later(copy.deepcopy(plain), **later)
+    ours = as_set_later(dropit.to_dropit(copy.deepcopy(LATER[name][0]), gamma=gamma), **later)
+    x = torch.randn(3, 8, 11, 9, requires_grad=True)
+    y, exact = ours(x), plain(x)
+    assert torch.equal(y, exact)
+    grad_output = torch.randn_like(y)
+    (got,), (expected,) = gradients(y, grad_output, [x]), gradients(exact, grad_output, [x])
+    assert torch.equal(got, expected)
+
+
+def test_a_stride_set_later_is_pytorchs_error_where_padding_is_same():
+    ours = as_set_later(dropit.to_dropit(nn.Conv2d(8, 12, 3, padding="same")), stride=(2, 2))
+    with pytest.raises(RuntimeError, match="padding='same' is not supported for strided convolutions"):
+        ours(torch.randn(3, 8, 11, 9))
+
+
+CONVOLUTIONS = {
+    "conv": (nn.Conv2d(8, 12, 3), (3, 8, 11, 9)),
+    "conv, padding": (nn.Conv2d(8, 12, 3, padding="same", padding_mode="reflect"), (3, 8, 11, 9)),
+    "transposed": (nn.ConvTranspose1d(8, 12, 3), (3, 8, 11)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("wanted", ["training", "frozen", "evaluation", "no gradients", "complex"])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_parametrized_weights_are_read_once(name, wanted):
+    plain, shape = CONVOLUTIONS[name]
+    dtype = torch.complex64 if wanted == "complex" else torch.float32
+    plain = copy.deepcopy(plain).to(dtype)
+    readings = []
+
+    class Noted(nn.Module):
+        def forward(self, value):
+            readings.append(value)
+            return value * 2
+
+    ours = dropit.to_dropit(plain)
+    for parameter in ("weight", "bias"):
+        nn.utils.parametrize.register_parametrization(ours, parameter, Noted())
+    ours.train(wanted != "evaluation").requires_grad_(wanted != "frozen")
+    x = torch.randn(shape, dtype=dtype)
+    readings.clear()
+    with torch.set_grad_enabled(wanted != "no gradients"):
+        ours(x)
+    assert len(readings) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_complex_convolutions_are_pytorchs(name):
+    plain, shape = CONVOLUTIONS[name]
+    plain = copy.deepcopy(plain).to(torch.complex64)
+    ours = dropit.to_dropit(copy.deepcopy(plain), compress="int8")
+    x = torch.randn(shape, dtype=torch.complex64, requires_grad=True)
+    results = []
+    for module in (ours, plain):
+        y = module(x)
+        results += [y, *torch.autograd.grad(y.abs().sum(), [x, *module.parameters()])]
+    assert all(map(torch.equal, results[:4], results[4:]))
+
+
+@pytest.mark.parametrize("shape", [(9,), (11, 9), (3, 8, 11, 9, 2), (3, 7, 11, 9)], ids=str)
+def test_inputs_that_do_not_fit_are_pytorchs_error(shape):
+    for plain in (nn.Conv2d(8, 12, 3), nn.ConvTranspose2d(8, 12, 3)):
+        with pytest.raises(RuntimeError) as expected:
+            plain(torch.randn(shape))
+        with pytest.raises(RuntimeError) as got:
+            dropit.to_dropit(copy.deepcopy(plain))(torch.randn(shape))
+        assert str(got.value) == str(expected.value)

@@ -64,3 +64,64 @@ def test_gradgradcheck_of_the_input_with_a_frozen_weight(name):
     ours, _, x = pair(name)
     ours.weight.requires_grad_(False)
     assert torch.autograd.gradgradcheck(lambda x: ours(x).tanh(), x.requires_grad_())
+
+
+QUANTIZED = {
+    "layer norm": nn.LayerNorm(6),
+    "batch norm": nn.BatchNorm1d(6, track_running_stats=False),
+    "group norm": nn.GroupNorm(2, 6),
+    "RMS norm": nn.RMSNorm(6),
+    "GELU": nn.GELU(),
+    "sigmoid": nn.Sigmoid(),
+    "attention": nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("linear_loss", [True, False])
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_second_derivatives_by_torch_func_are_a_clear_error(name, linear_loss):
+    plain = nn.Sequential(nn.Linear(6, 6), copy.deepcopy(QUANTIZED[name])).double()
+    ours = dropit.to_dropit(plain, gamma=0.0, compress="int8")
+    x = torch.randn(4, 6, dtype=torch.float64)
+
+    def loss(x):
+        y = ours(x)
+        return (y * torch.arange(y.numel()).view_as(y)).sum() if linear_loss else y.square().sum()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.jacrev(torch.func.jacrev(loss))(x)
+
+
+def test_at_gamma_zero_second_derivatives_by_torch_func_are_exact():
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    hessians = [torch.func.hessian(lambda x, m=module: m(x).square().sum())(x) for module in (ours, plain)]
+    torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_first_derivatives_by_torch_func_are_those_of_autograd(name):
+    torch.manual_seed(0)
+    ours = dropit.to_dropit(
+        copy.deepcopy(nn.Sequential(nn.Linear(6, 6), QUANTIZED[name])).double(), gamma=0.0, compress="int16"
+    )
+    x = torch.randn(4, 6, dtype=torch.float64)
+    by_func = torch.func.grad(lambda x: ours(x).square().sum())(x)
+    (by_autograd,) = torch.autograd.grad(ours(x.requires_grad_()).square().sum(), x)
+    assert (by_func - by_autograd).norm() < 1e-3 * by_autograd.norm()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_by_torch_func_the_weights_gradient_does_not_hide_that_it_depends_on_the_input(name):
+    ours, _, x = pair(name)
+    parameters = {key: parameter.detach() for key, parameter in ours.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(ours, parameters, (x,)).sum()
+
+    def of_input(x):
+        return torch.func.grad(loss)(parameters, x)["weight"].square().sum()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.func.grad(of_input)(x)

@@ -150,3 +150,47 @@ def test_a_learned_bias_keeps_its_gradient(x):
     model = dropit.to_dropit(Biased(), compress="int8")
     model(x).square().sum().backward()
     assert model.bias.grad.abs().sum() > 0
+
+
+class Outer(nn.Module):
+    """Calls attention itself, and a module inside that does so too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.proj = Attention(), nn.Linear(64, 64)
+
+    def forward(self, x):
+        x = self.inner(x)
+        return F.scaled_dot_product_attention(x, self.proj(x), x)
+
+
+def quantized(model, x):
+    """How often the graph of the model's output has quantized attention."""
+    count, pending, seen = 0, [model(x).grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            count += "DropITScaledDotProduct" in node.name()
+            pending += [following for following, _ in node.next_functions]
+    return count
+
+
+def test_a_module_inside_is_quantized_on_its_own_account(x):
+    model = dropit.to_dropit(Outer(), compress="int8")
+    assert quantized(model, x) == 2
+    model.inner.eval()
+    assert quantized(model, x) == 1
+    dropit.from_dropit(model)
+    dropit.to_dropit(model, compress="int8", filter_fn=lambda module, fqn: fqn != "inner")
+    model.train()
+    assert quantized(model, x) == 1
+    assert not model.inner._forward_hooks
+    assert not model.inner._forward_pre_hooks
+
+
+def test_compiled_a_module_inside_that_is_left_out_stays_so(x):
+    model = dropit.to_dropit(Outer(), compress="int8", gamma=0.0, filter_fn=lambda module, fqn: fqn != "inner")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = dropit.from_dropit(copy.deepcopy(model))
+    assert (step(compiled, x)[1] - step(plain, x)[1]).norm() == 0

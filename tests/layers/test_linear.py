@@ -1,7 +1,10 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import dropit
 from dropit.strategies import FastMinK, MinK
@@ -150,3 +153,80 @@ def test_repr_says_what_is_done():
         layer(24, 10, strategy="mink")
     )
     assert layer(24, 10, strategy="mink").strategy == MinK(0.9)
+
+
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_complex_inputs_are_left_to_pytorch(compress):
+    plain = nn.Linear(24, 10, dtype=torch.complex64)
+    ours = dropit.to_dropit(copy.deepcopy(plain), compress=compress)
+    x = torch.randn(8, 24, dtype=torch.complex64, requires_grad=True)
+    for model in (plain, ours):
+        model(x).abs().square().sum().backward()
+    assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (3, 0, 24), (0,)], ids=str)
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_inputs_without_elements(shape, compress):
+    plain = nn.Linear(shape[-1], 10)
+    ours = dropit.to_dropit(copy.deepcopy(plain), compress=compress)
+    for model in (plain, ours):
+        model(torch.ones(shape, requires_grad=True)).sum().backward()
+    assert torch.equal(ours.weight.grad, plain.weight.grad)
+
+
+def test_outputs_without_elements():
+    ours = dropit.to_dropit(nn.Linear(300, 0))
+    x = torch.randn(64, 300, requires_grad=True)
+    ours(x).sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert ours.weight.grad.shape == (0, 300)
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.readings = 0
+
+    def forward(self, weight):
+        self.readings += 1
+        return weight * 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_parametrized_weight_is_read_once(training, frozen):
+    linear = nn.Linear(24, 10)
+    parametrize.register_parametrization(linear, "weight", counted := Counted())
+    ours = dropit.to_dropit(nn.Sequential(linear, nn.Linear(10, 10))).train(training)
+    linear.parametrizations.weight.original.requires_grad_(not frozen)
+    before = counted.readings
+    ours(torch.randn(8, 24))
+    assert counted.readings == before + 1
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2), (2, 1, 0)], ids=str)
+def test_at_gamma_zero_gradients_are_bit_for_bit_in_any_layout(order):
+    plain = nn.Linear(24, 10)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0)
+    sizes = (70, 50, 24)
+    x = torch.randn([sizes[dim] for dim in order]).permute([order.index(dim) for dim in range(3)])
+    grad_output = torch.randn(70, 50, 10)
+    for model in (plain, ours):
+        model(x).backward(grad_output)
+    assert torch.equal(ours.weight.grad, plain.weight.grad)
+    assert torch.equal(ours.bias.grad, plain.bias.grad)
+
+
+@pytest.mark.parametrize("strategy", ["fastmink", "mink", "mink_c", "random"])
+@pytest.mark.parametrize("compress", ["lossless", "int8"])
+def test_a_negative_view_keeps_its_sign(strategy, compress):
+    x = torch.randn(40, 24)
+    grads = []
+    for each in (-x, torch._neg_view(x)):
+        linear = dropit.to_dropit(nn.Linear(24, 10), strategy, 0.5, compress=compress)
+        linear(each).sum().backward()
+        grads.append(linear.weight.grad)
+    if strategy != "random":
+        assert torch.equal(*grads)
+    assert (grads[1] @ x.sum(0) < 0).all()

@@ -77,3 +77,27 @@ def test_a_package_of_another_version_is_no_error(monkeypatch):
     monkeypatch.setitem(table._LAZY, "elsewhere", "dropit.layers.not_there")
     other = type("Other", (torch.nn.Module,), {"__module__": "elsewhere"})
     assert table.swap_for(other) is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", [name for name in LAYERS if "GELU" not in name])
+def test_parametrized_weights_are_read_as_often_as_by_plain(name, frozen, training):
+    module, kind, arguments, keywords, shape = LAYERS[name]
+    plain = getattr(importlib.import_module(module), kind)(*arguments, **keywords)
+    counts = []
+    for converted in (False, True):
+        model = torch.nn.ModuleList([torch.nn.Linear(2, 2), copy.deepcopy(plain)])
+        layer = dropit.to_dropit(model, compress="int8")[1] if converted else model[1]
+        readings = []
+
+        class Noted(torch.nn.Module):
+            def forward(self, value, readings=readings):
+                readings.append(value)
+                return value * 2
+
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", Noted())
+        readings.clear()
+        layer.requires_grad_(not frozen).train(training)(torch.randn(shape))
+        counts.append(len(readings))
+    assert counts[0] == counts[1]

@@ -75,3 +75,12 @@ def test_returned_indices_are_pytorchs():
     plain = nn.MaxPool2d(2, return_indices=True)
     x = torch.randn(1, 2, 6, 6).requires_grad_()
     assert all(map(torch.equal, swapped(plain)(x), plain(x)))
+
+
+def test_sizes_set_after_construction_may_be_one_number_or_none():
+    for later in ({"kernel_size": (3,)}, {"stride": None}, {"stride": (1,), "padding": (1,)}, {"ceil_mode": True}):
+        plain = nn.MaxPool2d(2)
+        for name, value in later.items():
+            setattr(plain, name, value)
+        x = torch.randn(2, 3, 9, 8).requires_grad_()
+        assert torch.equal(swapped(plain)(x), plain(x))

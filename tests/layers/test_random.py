@@ -105,7 +105,7 @@ def after_padding(ours, plain, x, packer):
     x = x.detach()
     if isinstance(plain, nn.Linear):
         return plain(masked(packer, x))
-    seen, rest = ours._pad(x) if hasattr(ours, "_pad") else (x, None)
+    seen, rest = ours._pad(x, ours.weight) if hasattr(ours, "_pad") else (x, None)
     batched = seen if x.dim() == plain.weight.dim() else seen.unsqueeze(0)
     kept = masked(packer, batched, channel_dim=1)
     if seen is x:

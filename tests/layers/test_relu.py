@@ -105,3 +105,17 @@ def test_it_lets_a_convolution_drop_its_input():
         held[compress] = meter.total_bytes
         del y
     assert held["none"] - held["lossless"] == x.nbytes - x.numel() // 8
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+@pytest.mark.parametrize("bounds", [(-0.3, 0.7), (-0.5, 0.1), (-1e-9, 6.1), (0.0, 6.0), (-1, 1), (-1.0, float("inf"))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_bounds_that_the_dtype_cannot_hold(bounds, dtype, inplace):
+    """PyTorch clamps to the nearest numbers, and lets the gradient pass between those that were asked for."""
+    plain = nn.Hardtanh(*bounds, inplace=inplace)
+    near = torch.tensor(bounds).nan_to_num(posinf=1e4).to(dtype)
+    steps = [near, near.nextafter(near - 1), near.nextafter(near + 1)]
+    x = torch.cat([torch.linspace(-2, 2, 4001).to(dtype), *steps])
+    grad_output = torch.randn_like(x)
+    got, expected = (output_and_gradient(module, x, grad_output) for module in (swapped(plain), plain))
+    assert all(map(torch.equal, got, expected))

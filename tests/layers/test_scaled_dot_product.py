@@ -133,3 +133,60 @@ def test_a_second_derivative_is_a_clear_error():
     (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", [Form(0.4), Form(0.4, True), Form(0.2, scale=0.3, enable_gqa=True)], ids=str)
+def test_dropouts_mask_is_the_forwards_whatever_the_form(form, dtype):
+    heads = 2 if form.enable_gqa else 4
+    inputs = [torch.randn(2, h, 9, 8, dtype=dtype, requires_grad=True) for h in (4, heads, heads)]
+    torch.manual_seed(3)
+    y = dropit_scaled_dot_product(*inputs, None, form, packer(16))
+    torch.manual_seed(3)
+    exact = form.attend(*inputs, None)
+    assert torch.equal(y, exact)
+    grad_output = torch.randn_like(y)
+    torch.rand(5)  # somebody draws in between
+    for ours, expected in zip(*(torch.autograd.grad(out, inputs, grad_output) for out in (y, exact)), strict=True):
+        assert (ours - expected).norm() < (2e-2 if dtype is torch.bfloat16 else 1e-3) * expected.norm()
+
+
+def test_dropouts_mask_is_the_forwards_with_stochastic_rounding():
+    inputs = tensors()
+    torch.manual_seed(3)
+    stochastic = Packer(MinK(0.9), bits=16, stochastic=True)
+    y = dropit_attention(*inputs, None, Form(0.4), stochastic)
+    torch.manual_seed(3)
+    exact = attention(*inputs, dropout=0.4)
+    assert torch.equal(y, exact)
+    grad_output = torch.randn_like(y)
+    for ours, expected in zip(*(torch.autograd.grad(out, inputs, grad_output) for out in (y, exact)), strict=True):
+        assert (ours - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_the_backward_pass_leaves_pytorchs_generator_to_other_threads(monkeypatch):
+    """Set back and forth, it would give another thread numbers twice."""
+    y = dropit_scaled_dot_product(*tensors()[:3], None, Form(0.4), packer())
+    monkeypatch.setattr(torch, "set_rng_state", None)
+    monkeypatch.setattr(torch.random, "fork_rng", None)
+    y.sum().backward()
+
+
+HIDDEN = {
+    "bool": torch.tensor([[False, False, False], [True, False, False], [True, True, False]]),
+    "float": torch.tensor([[-torch.inf] * 3, [0.0, -torch.inf, -torch.inf], [0.0, 0.5, -torch.inf]]).double(),
+}
+
+
+@pytest.mark.parametrize("by_formula", [False, True], ids=["kernel", "formula"])
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_row_that_a_mask_hides_whole_has_no_gradient(name, by_formula, monkeypatch):
+    if by_formula:
+        monkeypatch.setattr(scaled_dot_product, "is_traced", lambda: True)
+    inputs = [torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    y = dropit_scaled_dot_product(*inputs, HIDDEN[name], Form(), packer(16))
+    grad_output = torch.randn_like(y)
+    got = torch.autograd.grad(y, inputs, grad_output)
+    exact = torch.autograd.grad(F.scaled_dot_product_attention(*inputs, HIDDEN[name]), inputs, grad_output)
+    for ours, expected in zip(got, exact, strict=True):
+        assert (ours - expected).norm() < 1e-3 * expected.norm()

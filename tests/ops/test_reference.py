@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from dropit import ops
+from dropit.ops import reference
 from dropit.packed import flatten
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -144,8 +147,9 @@ def test_quantized_values_are_within_half_a_step(dtype, shape, bits):
         [torch.full_like(group, group.abs().max() / (2 ** (bits - 1) - 1) / 2) for group in flat.split(32)]
     )
     rounding = torch.finfo(dtype).eps * flat.abs()  # of the product, in the tensor's own precision
-    # A bfloat16 scale is up to 0.4 % larger than the largest element asks for.
-    assert ((back.double() - flat).abs() <= half * 1.01 + rounding).all()
+    # A bfloat16 scale is up to 0.4 % larger than the largest element asks for, a double's up to 3.1 %.
+    larger = 1.032 if dtype is torch.float64 else 1.01
+    assert ((back.double() - flat).abs() <= half * larger + rounding).all()
 
 
 def test_quantization_by_hand():
@@ -191,15 +195,122 @@ def test_quantized_extremes_stay_finite(value, bits):
     torch.testing.assert_close(back, x, rtol=0.01, atol=1e-36)
 
 
+def half_steps(x, bits):
+    """What each element of groups (g, 32) may be off by, rounded to the nearest step, but for its dtype's rounding."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    largest = x.double().abs().amax(dim=1, keepdim=True)
+    half = (largest / reference.STEPS[bits][0]).clamp(min=torch.finfo(wide).tiny) / 2
+    scale_rounding = 1.032 if wide is torch.float64 else 1.004
+    return half * scale_rounding + 2 * torch.finfo(wide).eps * largest
+
+
+def scattered_groups(rng, dtype, count):
+    """Groups of 32 whose magnitudes are anywhere in the range of ``dtype``, some with an outlier, zeros or extremes."""
+    info = torch.finfo(dtype)
+    low, high = np.log2(info.smallest_normal) + np.log2(info.eps), np.log2(info.max)
+    top = rng.uniform(low, high, (count, 1)) - rng.choice([0, 0, 1, 20], (count, 32)) * rng.random((count, 32))
+    groups = torch.from_numpy(rng.uniform(-1, 1, (count, 32)) * 2.0**top)
+    groups[::7, 5] = torch.from_numpy(rng.choice([info.max, -info.max, info.tiny, info.max / 3], len(groups[::7])))
+    groups[::11] *= 0
+    groups[::13, ::2] = info.max
+    return groups.clamp(info.min, info.max).to(dtype)
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_spoils_its_group_and_no_other(value, bits):
-    x = torch.ones(300)
-    x[130] = value
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_each_element_is_within_half_a_step_of_its_group_over_the_whole_range(dtype, bits, stochastic):
+    info = torch.finfo(dtype)
+    for seed in range(5):
+        x = scattered_groups(np.random.default_rng(seed), dtype, 800)
+        back = quantized(x, bits, torch.rand(x.shape) if stochastic else None)
+        assert back.isfinite().all()
+        off = (back.double() / 2 - x.double() / 2).abs() * 2  # the difference itself may be beyond double's range
+        allowed = half_steps(x, bits) * (2 if stochastic else 1)
+        rounding = info.eps / 2 * (x.double().abs() + allowed) + info.tiny * info.eps
+        assert (off <= allowed + rounding).all()
+
+
+@pytest.mark.parametrize("looking", [True, False], ids=["", "without looking"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_not_finite_comes_back_as_nan_alone(dtype, bits, looking, monkeypatch):
+    if not looking:
+        monkeypatch.setattr(reference, "_can_look", lambda x: False)
+    x = torch.randn(300).to(dtype)
+    odd = torch.tensor([3, 64, 70, 95, 299])
+    x[odd] = torch.tensor([math.inf, math.nan, -math.inf, math.nan, math.inf]).to(dtype)
+    x[160:192] = math.nan  # nothing else in the group
     back = quantized(x, bits)
-    assert back[128:160].isnan().all()
-    assert back[:128].isfinite().all()
-    assert back[160:].isfinite().all()
+    assert torch.equal(back.isnan(), ~x.isfinite())
+    assert torch.equal(back.nan_to_num(0), quantized(torch.where(x.isfinite(), x, 0), bits))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_looking_changes_no_bit(dtype, bits, monkeypatch):
+    x = scattered_groups(np.random.default_rng(0), dtype, 500)
+    x[::3, 7] = math.inf
+    steps, scales = ops.quantize(x, bits)
+    back = ops.dequantize(steps, scales, dtype, x.numel())
+    monkeypatch.setattr(reference, "_can_look", lambda x: False)
+    blind_steps, blind_scales = reference.quantize(x, bits)
+    assert torch.equal(blind_steps, steps)
+    assert torch.equal(blind_scales, scales)
+    blind = reference.dequantize(steps, scales, dtype, x.numel())
+    assert torch.equal(magnitude_and_sign(blind), magnitude_and_sign(back))
+
+
+def magnitude_and_sign(x):
+    return x.view(reference.INTEGER_OF_SIZE[x.element_size()])
+
+
+def test_the_largest_half_precision_number_comes_back_finite():
+    x = torch.full((32,), 65504.0, dtype=torch.float16)
+    assert torch.equal(quantized(x), x)  # 127 scales are 65532
+
+
+def test_small_half_precision_numbers_keep_their_precision():
+    x = torch.linspace(-1e-5, 1e-5, 32).half()  # a scale below the least normal number
+    assert (quantized(x) - x).abs().max() <= 1e-5 / 127 / 2 * 1.01 + 6e-8
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_restored_bfloat16_is_the_nearest_to_the_step(bits):
+    x = torch.randn(3200).bfloat16()
+    steps, scales = ops.quantize(x, bits)
+    exact = ops.dequantize(steps, scales, torch.float32, 3200)
+    assert torch.equal(ops.dequantize(steps, scales, torch.bfloat16, 3200), exact.bfloat16())
+
+
+def test_doubles_beyond_the_range_of_single_precision():
+    x = torch.tensor([1e300, -1e300, 3e299] + [0.0] * 29 + [1e-200, 5e-201], dtype=torch.float64)
+    torch.testing.assert_close(quantized(x, 16), x, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_nothing_may_be_packed(dtype, bits):
+    x = torch.empty(0, 5, dtype=dtype)
+    assert quantized(x, bits).shape == x.shape
+    assert quantized(x, bits, torch.rand(0, 5)).dtype == dtype
+    flat, layout = flatten(x)
+    for mask in (None, torch.empty(0, dtype=torch.bool)):
+        for value_dtype in (None, torch.int8, torch.bfloat16):
+            assert ops.unpack(ops.pack(flat, mask, 0, layout, value_dtype)).numel() == 0
+    assert ops.unpack(ops.pack_largest(flat, 256, 26, 0, layout._replace(per_block=26), torch.int8)).shape == x.shape
+    assert ops.pack_bits(torch.empty(0, dtype=torch.bool)).numel() == 0
+    assert ops.unpack_bits(torch.empty(0, dtype=torch.uint8), 0).numel() == 0
+    assert ops.keep_marked(flat, ops.mark_inside(flat, 0.0, 1.0)).numel() == 0
+
+
+def test_the_sign_of_a_view_that_negates_is_kept():
+    x = torch.randn(4, 8)
+    flat, layout = flatten(torch._neg_view(x))
+    assert torch.equal(ops.unpack(ops.pack_largest(flat, 32, 32, 0, layout)), -x)
+    assert torch.equal(ops.dequantize(*ops.quantize(flat), x.dtype, 32), quantized(-x.flatten()))
+    assert torch.equal(ops.keep_marked(flat, ops.mark_inside(flat, 0.0, math.inf)), (-x).clamp(min=0).flatten())
+    assert not flatten(torch.randn(4, dtype=torch.complex64).conj())[0].is_conj()
 
 
 @pytest.mark.parametrize("n", [1000, 1, 130])

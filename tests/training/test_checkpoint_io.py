@@ -1,4 +1,4 @@
-import os
+import multiprocessing
 import resource
 import shutil
 import signal
@@ -93,27 +93,31 @@ def test_where_there_is_no_room_nothing_is_lost_and_nothing_left_over(tmp_path, 
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
+def write_forever(path, value, begun):
+    write(path, value)
+    begun.send(True)
+    while True:
+        write(path, value)
+
+
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """At 40 moments, of a process that does nothing but write."""
+    """At 40 moments or more, of a process that does nothing but write; some of them in the middle of writing."""
     path = write(tmp_path / "last.ckpt", 0)
     generator = torch.Generator().manual_seed(0)
-    seen, within = {0}, 0
-    for _ in range(40):
-        child = os.fork()
-        if not child:
-            try:
-                while True:
-                    write(path, max(seen) + 1)
-            finally:
-                os._exit(1)
-        time.sleep(0.02 + 0.03 * torch.rand((), generator=generator).item())
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    kills = within = 0
+    while kills < 40 or within < 4:
+        kills += 1
+        begun, tell = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.Process(target=write_forever, args=(path, kills, tell), daemon=True)
+        process.start()
+        tell.close()  # or its end would not be seen below, if it came before
+        assert begun.recv()
+        time.sleep(0.03 * torch.rand((), generator=generator).item())
+        process.kill()
+        process.join()
         assert is_whole(path)
-        seen.add(torch.load(path, weights_only=True)["epoch"])
+        assert torch.load(path, weights_only=True)["epoch"] == kills
         within += path.with_suffix(".part").exists()
-    assert len(seen) > 3
-    assert within > 3  # were in the middle of writing
     write(path, -1)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # what a killed write left is written over
 

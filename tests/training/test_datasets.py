@@ -99,9 +99,10 @@ def test_what_another_process_skips_is_counted_here(image_tree):
     tree = image_tree(per_class=1) / "train"
     truncate(tree / "4" / "00.png")
     data = folder(tree, unreadable="skip")
-    process = multiprocessing.get_context("fork").Process(target=data.__getitem__, args=(4,))
+    process = multiprocessing.Process(target=data.__getitem__, args=(4,), daemon=True)
     process.start()
     process.join()
+    assert process.exitcode == 0
     assert data.skipped == [str(tree / "4" / "00.png")]
 
 

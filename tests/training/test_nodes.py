@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dropit.training.config import defaults
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/digits/vit_tiny_fastminkx0.9.yaml"
@@ -43,14 +43,7 @@ def train_on_two_nodes(*arguments):
     meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "digits"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", *meeting]
     command = [*launch, "--local-addr", "127.0.0.1", "train.py", "--cfg", CONFIG, "NUM_NODES", "2", "NUM_GPUS", "1"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    agents = [subprocess.Popen([*command, *arguments], **pipes) for _ in range(2)]
-    try:
-        texts = [agent.communicate(timeout=240) for agent in agents]
-    finally:
-        for agent in agents:
-            agent.terminate()  # which it passes on to what it started
-    return [(agent.returncode, *text) for agent, text in zip(agents, texts, strict=True)]
+    return processes.run_together([[*command, *arguments]] * 2)
 
 
 def outcome(output_dir):
@@ -67,11 +60,11 @@ def outcome(output_dir):
 @pytest.mark.ddp
 def test_two_nodes_train_as_two_processes_of_one(workplace):
     ended = train_on_two_nodes(*SHORT, "OUTPUT_DIR", "two")
-    assert [code for code, _, _ in ended] == [0, 0], ended
-    summaries = [text for _, text, _ in ended if "MiB held for backward" in text]
+    assert [done.returncode for done in ended] == [0, 0], ended
+    summaries = [done.stdout for done in ended if "MiB held for backward" in done.stdout]
     assert len(summaries) == 1  # the first process speaks for all
     one = [sys.executable, "train.py", "--cfg", CONFIG, "NUM_GPUS", "2", "OUTPUT_DIR", "one", *SHORT]
-    subprocess.run(one, capture_output=True, check=True, timeout=240)
+    processes.run(one, check=True)
     (weights, scalars), (expected_weights, expected_scalars) = outcome("two"), outcome("one")
     assert scalars == expected_scalars
     assert weights.keys() == expected_weights.keys()
@@ -82,18 +75,18 @@ def test_two_nodes_train_as_two_processes_of_one(workplace):
 @needs_num_nodes
 @pytest.mark.ddp
 def test_a_wrong_number_of_nodes_is_one_line_on_each(workplace):
-    for code, _, errors in train_on_two_nodes(*SHORT, "NUM_NODES", "3"):
-        assert code != 0
-        assert [line for line in errors.splitlines() if line.startswith("train.py: ")] == [
+    for done in train_on_two_nodes(*SHORT, "NUM_NODES", "3"):
+        assert done.returncode != 0
+        assert [line for line in done.stderr.splitlines() if line.startswith("train.py: ")] == [
             "train.py: NUM_NODES 3 with NUM_GPUS 1 is 3 processes, but torchrun or srun started 2"
         ]
-        assert "Lightning" not in errors
+        assert "Lightning" not in done.stderr
 
 
 @needs_num_nodes
 def test_several_nodes_without_what_starts_them_is_one_line_and_no_waiting(workplace):
     command = [sys.executable, "train.py", "--cfg", CONFIG, *SHORT, "NUM_NODES", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = processes.run(command)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "NUM_NODES 2: start train.py on each node, with torchrun --nnodes 2 or with srun" in done.stderr
@@ -117,14 +110,14 @@ def cluster(tmp_path, monkeypatch):
 
     def submit(*arguments, code=0):
         environment = os.environ | {"EXIT": str(code)}
-        done = subprocess.run(["bash", str(BATCH), *arguments], env=environment, capture_output=True, text=True)
+        done = processes.run(["bash", str(BATCH), *arguments], env=environment)
         return done, Path("calls").read_text().splitlines() if Path("calls").exists() else []
 
     return submit
 
 
 def test_the_batch_script_is_a_script_with_what_slurm_is_asked_for():
-    subprocess.run(["bash", "-n", str(BATCH)], check=True)
+    processes.run(["bash", "-n", str(BATCH)], check=True)
     asked = [line.split()[1] for line in BATCH.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--signal=TERM@120", "--requeue"} <= set(asked)
     assert "--ntasks-per-node=4" in asked  # one task for each GPU, as Lightning asks for

@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from dropit.training.config import load
 from dropit.training.errors import ConfigError
 from dropit.training.models import build_model
 from dropit.training.optim import Recipe, build_optimizer, build_schedule, layer_depths, parameter_groups
+from tests import processes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -63,7 +63,7 @@ print(json.dumps(out))
 
 
 @pytest.mark.skipif("DROPIT_LEGACY_PYTHON" not in os.environ, reason="DROPIT_LEGACY_PYTHON names no Python to ask")
-def test_warmup_and_cosine_are_lightning_bolts_own():
+def test_warmup_and_cosine_are_lightning_bolts_own(tmp_path):
     """Against lightning-bolts 0.7.0 (pytorch-lightning 1.9.5, setuptools < 81), which the first release used.
 
     Without a warm-up it would take its first rate, and so all others, from that of the warm-up: it is given lr.
@@ -71,7 +71,9 @@ def test_warmup_and_cosine_are_lightning_bolts_own():
     cases = [(w, e) for w in (0, 1, 2, 10) for e in range(max(1, w + 1), 101)]
     request = [(w, e, 0.003 if w else 0.03) for w, e in cases]
     command = [os.environ["DROPIT_LEGACY_PYTHON"], "-c", LEGACY]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=True)
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    with (tmp_path / "request.json").open() as stdin:
+        done = processes.run(command, stdin=stdin, check=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
     for (warmup, epochs), expected in zip(cases, theirs, strict=True):
         got = rates(Recipe(0.03, epochs, schedule="cosine", warmup_epochs=warmup))
