@@ -2,15 +2,13 @@
 
 import copy
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 import pytest
 import torch
 
 from dropit.layers.relu import DropITReLUFunction
+from tests.fuzz import search
 from tests.fuzz.oracle import equal, judge
-from tests.fuzz.search import failures, judge_all
 from tests.fuzz.training import random_case, train
 
 CHUNK = 100
@@ -32,9 +30,9 @@ def _one_thread():
 @pytest.fixture(scope="module")
 def searches():
     """The failures of each chunk of seeds, all under way at once."""
-    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        yield {first: pool.submit(judge_all, range(first, first + CHUNK)) for first in SEEDS}
-        pool.shutdown(cancel_futures=True)
+    with search.pool(PROCESSES) as workers:
+        yield {first: workers.submit(search.judge_all, range(first, first + CHUNK)) for first in SEEDS}
+        workers.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("first", SEEDS)
@@ -46,7 +44,7 @@ def test_two_thousand_random_networks(searches, first):
 @pytest.mark.slow
 @pytest.mark.timeout(3 * 60 * 60)
 def test_fifty_thousand_random_networks():
-    found = [failure for chunk in failures(range(2000, 2000 + MANY), PROCESSES) for failure in chunk]
+    found = [failure for chunk in search.failures(range(2000, 2000 + MANY), PROCESSES) for failure in chunk]
     assert not found, "\n".join(map(str, found))
 
 

@@ -13,12 +13,16 @@ from tests.fuzz.oracle import Failure, judge
 CHUNK = 50
 
 
+def pool(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes of one thread each; not forks, which threads do not survive."""
+    return ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
+
+
 def failures(seeds: range, processes: int) -> Iterator[list[Failure]]:
-    """Those of each chunk of seeds, as they come. New processes, not forks, which threads do not survive."""
+    """Those of each chunk of seeds, as they come."""
     chunks = [seeds[first : first + CHUNK] for first in range(0, len(seeds), CHUNK)]
-    context = get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
-        yield from pool.map(judge_all, chunks)
+    with pool(processes) as workers:
+        yield from workers.map(judge_all, chunks)
 
 
 def judge_all(seeds: range) -> list[Failure]:
