@@ -1,18 +1,27 @@
-"""Random networks, trained in random ways: converted they come to what plain ones do, or raise where these do."""
+"""Random networks, plain and converted: the fuzzer in tests/fuzz, and that it can find something."""
 
+import copy
 import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 
-from tests.fuzz.oracle import judge
-from tests.fuzz.search import failures
+from dropit.layers.relu import DropITReLUFunction
+from tests.fuzz.oracle import equal, judge
+from tests.fuzz.search import failures, judge_all
+from tests.fuzz.training import random_case, train
 
+PROCESSES = min(2, os.cpu_count() or 1)
+SEEDS = range(2000)
+MORE = range(2000, 52000)
 CHUNK = 100
-MANY = int(os.environ.get("FUZZ_SEEDS", "50000"))  # of the slow test
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def _one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -20,15 +29,45 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("first", range(0, 2000, CHUNK))
-@pytest.mark.usefixtures("_one_thread")
-def test_two_thousand_random_networks(first):
-    found = [failure for seed in range(first, first + CHUNK) for failure in judge(seed)]
-    assert not found, "\n".join(map(str, found))
+@pytest.fixture(scope="module")
+def searches():
+    """What each chunk of the seeds gives, all under way at once."""
+    with ProcessPoolExecutor(PROCESSES, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        firsts = SEEDS[::CHUNK]
+        yield {first: pool.submit(judge_all, range(first, first + CHUNK)) for first in firsts}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("first", SEEDS[::CHUNK])
+def test_random_networks_train_as_plain_ones(searches, first):
+    found = searches[first].result()
+    assert not found, "\n" + "\n".join(map(str, found))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3 * 60 * 60)
-def test_fifty_thousand_random_networks():
-    found = [failure for chunk in failures(range(2000, 2000 + MANY), 2) for failure in chunk]
-    assert not found, "\n".join(map(str, found))
+@pytest.mark.parametrize("first", MORE[::5000])
+def test_fifty_thousand_random_networks_train_as_plain_ones(first):
+    found = [failure for chunk in failures(range(first, first + 5000), PROCESSES) for failure in chunk]
+    assert not found, "\n" + "\n".join(map(str, found))
+
+
+def test_the_same_seed_gives_the_same_training():
+    for seed in range(100):
+        first, second = train(random_case(seed)), train(copy.deepcopy(random_case(seed)))
+        assert bool(first.error) == bool(second.error)
+        assert all(map(equal, first.outputs, second.outputs))
+        assert first.gradients.keys() == second.gradients.keys()
+        assert all(equal(grad, second.gradients[name]) for name, grad in first.gradients.items())
+
+
+def test_most_random_networks_have_gradients_to_compare():
+    records = [train(random_case(seed)) for seed in range(200)]
+    assert sum(bool(record.gradients) for record in records) > 150
+    assert sum(bool(record.error) for record in records) < 50
+
+
+def test_a_gradient_that_is_off_is_found(monkeypatch):
+    backward = DropITReLUFunction.backward
+    monkeypatch.setattr(DropITReLUFunction, "backward", lambda ctx, grad: backward(ctx, grad * 1.01))
+    found = [failure for seed in range(60) for failure in judge(seed) if "gradient" in failure.reason]
+    assert {"lossless", "int16"} <= {failure.mode for failure in found}

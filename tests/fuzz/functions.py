@@ -148,3 +148,15 @@ def combination_for(rng: Random) -> tuple[Callable[[Tensor, Tensor], Tensor], bo
         (_write_over, True),
     ]
     return rng.choice(combinations)
+
+
+def name_of(function: Callable[..., Tensor]) -> str:
+    """A function's name, and the arguments that it is given beforehand."""
+    if not isinstance(function, partial):
+        return getattr(function, "__name__", str(function)).lstrip("_")
+    given = [*map(_written, function.args), *(f"{name}={value}" for name, value in function.keywords.items())]
+    return f"{name_of(function.func)}[{', '.join(given)}]"
+
+
+def _written(argument: object) -> str:
+    return name_of(argument) if callable(argument) else str(argument)

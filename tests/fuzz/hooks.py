@@ -101,3 +101,9 @@ def has_writing_hook(module: nn.Module) -> bool:
     """Whether a hook writes to the module's output."""
     written: list[Callable[..., Any]] = list(module._forward_hooks.values())
     return any(hook in _WRITING for hook in written)
+
+
+def names(module: nn.Module) -> list[str]:
+    """The hooks of the module itself."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return [hook.__name__.lstrip("_") for kind in kinds for hook in kind.values()]

@@ -90,6 +90,9 @@ class Functional(nn.Module):
         super().__init__()
         self.function = function
 
+    def extra_repr(self) -> str:
+        return self.function.__name__
+
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
 
@@ -227,8 +230,14 @@ class Checkpointed(nn.Module):
     def __init__(self, part: nn.Module, **options: bool) -> None:
         super().__init__()
         self.part, self.options = part, options
+        self.active = True
+
+    def extra_repr(self) -> str:
+        return str(self.options)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return self.part(x)
         return checkpoint(self.part, x, **self.options)
 
 
@@ -238,6 +247,9 @@ class Within(nn.Module):
     def __init__(self, part: nn.Module, context: Callable[[], Any]) -> None:
         super().__init__()
         self.part, self.context = part, context
+
+    def extra_repr(self) -> str:
+        return self.context.__name__.lstrip("_")
 
     def forward(self, x: Tensor) -> Tensor:
         with self.context():

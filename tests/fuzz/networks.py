@@ -28,6 +28,10 @@ class Step:
     function: Function | None = None
     layer: int | None = None
 
+    def __str__(self) -> str:
+        name = f"layers.{self.layer}" if self.function is None else functions.name_of(self.function)
+        return f"{name}({', '.join(f'v{index}' for index in self.reads)})"
+
 
 class Graph(nn.Module):
     """Steps, and the layers that they call. Returns the last value."""
@@ -48,6 +52,9 @@ class Graph(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.values(x)[-1]
 
+    def extra_repr(self) -> str:
+        return "\n".join(f"v{number} = {step}" for number, step in enumerate(self.steps, 1))
+
 
 class Network(Graph):
     """Returns several of the values."""
@@ -59,6 +66,18 @@ class Network(Graph):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         values = self.values(x)
         return tuple(values[index] for index in self.outputs)
+
+    def described(self) -> str:
+        """The network, and what of it printing it does not show."""
+        odd = [line for name, module in self.named_modules() for line in _oddities(name, module)]
+        return "\n".join([f"{self} returns {', '.join(f'v{index}' for index in self.outputs)}", *odd])
+
+
+def _oddities(name: str, module: nn.Module) -> list[str]:
+    own = list(module.parameters(recurse=False))
+    frozen = [f"{name} is frozen"] if own and not any(p.requires_grad for p in own) else []
+    evaluated = [] if module.training else [f"{name} is in eval mode"]
+    return [*frozen, *evaluated, *(f"{name} has the hook {hook}" for hook in hooks.names(module))]
 
 
 @dataclass
@@ -94,7 +113,8 @@ class Builder:
         """Have a layer with a weight, without which nothing is converted."""
         weighted = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
         if not any(isinstance(module, weighted) for layer in self.layers for module in layer.modules()):
-            self._add_layer(nn.Linear(self.values[-1].example.shape[-1], 4), len(self.values) - 1)
+            places = reversed(range(len(self.values)))
+            any(self.add_layer(nn.Linear(self.values[place].example.shape[-1], 4), place) for place in places)
         return self
 
     def _pick(self) -> int:
@@ -116,7 +136,7 @@ class Builder:
         self.values.append(Value(example, len(self.values) if root is None else root, writable))
         return True
 
-    def _add_layer(self, layer: nn.Module, *reads: int) -> bool:
+    def add_layer(self, layer: nn.Module, *reads: int) -> bool:
         layer = layer.to(self._dtype())
         number = len(self.layers)
         same = functions.may_return_its_input(layer)
@@ -139,7 +159,7 @@ class Builder:
         if layer is None or (functions.writes(layer) and not value.writable):
             return False
         hooks.add_some(self.rng, layer)
-        return self._add_layer(layer, index)
+        return self.add_layer(layer, index)
 
     def _call_again(self) -> bool:
         if not self.layers:
@@ -202,7 +222,7 @@ def random_network(rng: Random, x: Tensor, *, writable: bool, autocast: bool) ->
     with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
         builder = Builder(rng, [Value(x.clone(), 0, writable)])
         if not x.is_floating_point():
-            builder._add_layer(nn.Embedding(10, rng.choice([4, 8]), padding_idx=rng.choice([None, 0])), 0)
+            builder.add_layer(nn.Embedding(10, rng.choice([4, 8]), padding_idx=rng.choice([None, 0])), 0)
         builder.grow(rng.randint(3, 9)).finish()
     last = len(builder.values) - 1
     outputs = [last]

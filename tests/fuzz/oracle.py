@@ -16,14 +16,13 @@ from functools import partial
 from random import Random
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 import dropit
-from tests.fuzz.modules import Within
+from tests.fuzz.modules import Checkpointed, Within
 from tests.fuzz.training import Case, Record, random_case, train
 
-_CONVERTED = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 ROUNDING = 1e-5  # of other kernels on copies; of sums in another order
 
 
@@ -44,8 +43,6 @@ def judge(seed: int) -> list[Failure]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         case = random_case(seed)
-        if not any(isinstance(module, _CONVERTED) for module in case.network.modules()):
-            return []  # to_dropit would say so
         if case.plan.outer and train(_without_outer_hooks(case)).error:
             return []  # such hooks keep a change from being noticed, and what plain then computes is no measure
         plain = _Plain(case)
@@ -64,13 +61,10 @@ class _Plain:
         self.expected = self.record if not self.record.error else _train_on_copies(case)
 
     def sensitivity(self, size: float) -> dict[str, float]:
-        """How far each gradient moves, relatively, when inputs, parameters and all that is saved are off by ``size``.
-
-        It moves far where it is a small difference of large terms, as that of the squares of a normalized output.
-        """
-        tries = [_train_off_by(size, self.case, number) for number in range(3)]
-        apart = [distances(record.gradients, self.expected.gradients) for record in tries]
-        return {name: max(each.get(name, 0.0) for each in apart) for name in apart[0]}
+        """How far each gradient moves, relatively, when all that it is computed from is off by ``size``."""
+        exact = _train_perturbed(self.case, 0.0, 0).gradients
+        apart = [distances(_train_perturbed(self.case, size, number).gradients, exact) for number in range(3)]
+        return {name: max(each.get(name, 0.0) for each in apart) for name in exact}
 
 
 def _lossless(plain: _Plain) -> str:
@@ -87,7 +81,8 @@ def _dropped(plain: _Plain) -> str:
     rng = Random(plain.case.plan.seed)
     strategy = rng.choice(["fastmink", "fastmink", *dropit.STRATEGIES])
     options = {"compress": rng.choice(["int8", "int8", "int4"]), "value_dtype": rng.choice([None, "bf16", "int8"])}
-    record = train(_converted(plain.case, strategy=strategy, gamma=0.9, **options))
+    seed = {"seed": 1} if "random" in strategy else {}
+    record = train(_converted(plain.case, strategy=strategy, gamma=0.9, **seed, **options))
     reason = _compared(plain, record)
     return f"{strategy}, {options}: {reason}" if reason else ""
 
@@ -133,10 +128,13 @@ def _gradients_differ(plain: _Plain, record: Record, tolerance: float) -> str:
         allowed = partial(_allowed, plain.sensitivity(_perturbation(plain.case)) if apart else {})
         apart = {name: distance for name, distance in apart.items() if not distance <= allowed(name)}
     name = max(apart, key=lambda name: apart[name], default="")
-    return f"gradient of {name} is off by {apart[name]:.2g}" if name else ""
+    if not name:
+        return ""
+    rounded = tolerance == 0 and apart[name] < _tolerance(plain.case) / 3
+    return f"gradient of {name} is off by {apart[name]:.2g}{', as by rounding' if rounded else ''}"
 
 
-SLACK = 30  # how much further a gradient may move than by that
+SLACK = 10  # how much further a gradient may move than by a perturbation of the inputs and parameters
 
 
 def _allowed(sensitivity: dict[str, float], name: str) -> float:
@@ -174,21 +172,24 @@ def _train_on_copies(case: Case) -> Record:
         return train(case)
 
 
-def _train_off_by(size: float, case: Case, number: int) -> Record:
-    """Plain training, with inputs, parameters and what is saved off by ``size``, relative to the largest element."""
+def _train_perturbed(case: Case, size: float, number: int) -> Record:
+    """Plain training where inputs, parameters and all that is saved for backward are off by ``size``."""
     case = _without_outer_hooks(case)
+    for module in case.network.modules():
+        if isinstance(module, Checkpointed):
+            module.active = False  # it has hooks of its own
     generator = torch.Generator().manual_seed(number)
 
-    def off(tensor: Tensor) -> Tensor:
+    def perturbed(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             return tensor.clone()
         noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-        return tensor + noise * tensor.abs().max() * size
+        return torch.where(tensor == 0, tensor, tensor + noise * tensor.abs().max() * size)  # zeros are no rounding
 
     with torch.no_grad():
         for tensor in [*case.network.parameters(), *case.inputs]:
-            tensor.copy_(off(tensor))
-    with saved_tensors_hooks(off, lambda saved: saved):
+            tensor.copy_(perturbed(tensor.detach()))
+    with saved_tensors_hooks(lambda saved: perturbed(saved.detach()), lambda saved: saved):
         return train(case)
 
 
@@ -206,7 +207,7 @@ def _form(tensor: Tensor) -> str:
 def distances(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
     """How far each of several gradients is from the other, relative to its norm or to a part of the largest norm."""
     largest = max((_norm(grad) for grad in theirs.values()), default=0.0)
-    return {name: _distance(ours[name], grad, floor=0.1 * largest) for name, grad in theirs.items() if name in ours}
+    return {name: _distance(ours[name], grad, floor=1e-2 * largest) for name, grad in theirs.items() if name in ours}
 
 
 def _norm(tensor: Tensor) -> float:

@@ -55,6 +55,11 @@ class Case:
     network: Network
     inputs: list[Tensor]
 
+    def __str__(self) -> str:
+        forms = (f"{x.dtype} {tuple(x.shape)} strides {x.stride()}" for x in self.inputs)
+        wanted = "with" if self.inputs[0].requires_grad else "without"
+        return "\n".join([str(self.plan), f"inputs {wanted} gradients: {'; '.join(forms)}", self.network.described()])
+
 
 _CHANGES = [*[""] * 10, "biases", "vectors", "some", "all", "buffers", "outputs", "inputs"]
 
@@ -82,7 +87,7 @@ def random_plan(rng: Random, seed: int, dtype: torch.dtype) -> Plan:
 def random_case(seed: int) -> Case:
     """The case of a seed."""
     rng = Random(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     dtype = rng.choices([torch.float32, torch.float64, torch.bfloat16], [84, 8, 8])[0]
     plan = random_plan(rng, seed, dtype)
     first = _random_input(rng, dtype)
@@ -110,13 +115,13 @@ def _random_input(rng: Random, dtype: torch.dtype) -> Tensor:
 def train(case: Case) -> Record:
     """Do what the plan says with the network and the inputs of ``case``."""
     record = Record()
-    torch.manual_seed(case.plan.seed)
+    torch.default_generator.manual_seed(case.plan.seed)
     noise = torch.Generator().manual_seed(case.plan.seed)
     try:
         for number in range(case.plan.steps):
             if number > 0:
                 _between_steps(case, noise)
-            _step(case, record, noise)
+            _step(case, record, noise, number)
             _note_gradients(case, record, number)
     except Exception as error:  # whatever it is, the other run is to raise as well
         record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -139,10 +144,10 @@ def _surroundings(case: Case) -> Iterator[None]:
         yield
 
 
-def _step(case: Case, record: Record, noise: torch.Generator) -> None:
+def _step(case: Case, record: Record, noise: torch.Generator, number: int) -> None:
     plan = case.plan
     with _surroundings(case):
-        outputs = [y for number in range(plan.forwards) for y in case.network(case.inputs[number % len(case.inputs)])]
+        outputs = [y for turn in range(plan.forwards) for y in case.network(case.inputs[turn % len(case.inputs)])]
     record.outputs += [y.detach().clone() for y in outputs]
     record.wanted += [y.requires_grad for y in outputs]
     targets = [y for y in outputs if y.requires_grad]
@@ -155,8 +160,8 @@ def _step(case: Case, record: Record, noise: torch.Generator) -> None:
     _change(plan.change, case, outputs, noise)
     _backward(case, record, targets, grads, noise)
     if plan.retain_grad:
-        grads_of_targets = {f"output {len(record.gradients)}.{i}": y.grad for i, y in enumerate(targets)}
-        record.gradients |= {name: grad.clone() for name, grad in grads_of_targets.items() if grad is not None}
+        retained = {f"step {number} output {index}": y.grad for index, y in enumerate(targets)}
+        record.gradients |= {name: grad.clone() for name, grad in retained.items() if grad is not None}
 
 
 def _backward(case: Case, record: Record, targets: list[Tensor], grads: list[Tensor], noise: torch.Generator) -> None:

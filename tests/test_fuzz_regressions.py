@@ -1,0 +1,146 @@
+"""What the fuzzer found, each in a few lines. Plain PyTorch is the measure of all."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import dropit
+
+LOSSLESS = {"gamma": 0.0, "compress": "lossless"}
+INT16 = {"gamma": 0.0, "compress": "int16"}
+
+
+def pair(module, **options):
+    """The module, and a copy that is converted."""
+    return module, dropit.to_dropit(copy.deepcopy(module), **options)
+
+
+def test_bias_gradient_of_a_transposed_input_is_bit_equal():
+    x = torch.randn(3, 4, 5, 6).transpose(-1, -2)
+    plain, ours = pair(nn.Linear(5, 4), **LOSSLESS)
+    grad = torch.randn(3, 4, 6, 4)
+    for module in (plain, ours):
+        module(x).backward(grad)
+    assert torch.equal(plain.bias.grad, ours.bias.grad)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Conv1d(4, 4, 3)], ids=["linear", "conv"])
+def test_autocast_casts_a_weight_once_for_two_calls(module):
+    plain, ours = pair(module, **LOSSLESS)
+    inputs = torch.randn(2, 3, 4, 8)
+    for each in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [each(x) for x in inputs]
+        (outputs[0].sum() + outputs[1].square().sum()).backward()
+    assert torch.equal(plain.weight.grad, ours.weight.grad)
+    assert torch.equal(plain.bias.grad, ours.bias.grad)
+
+
+def test_two_calls_under_autocast_hold_no_more_than_plain():
+    held = []
+    for module in pair(nn.Linear(64, 64, bias=False), **LOSSLESS):
+        first, second = torch.randn(2, 2, 64, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16), dropit.CacheMeter(module) as meter:
+            outputs = module(first), module(second)
+        held.append(meter.total_bytes)
+        del outputs
+    assert held[1] <= held[0]
+
+
+def test_attention_input_may_be_overwritten_where_plain_keeps_a_copy():
+    plain, ours = pair(nn.MultiheadAttention(8, 2, batch_first=True), **LOSSLESS)
+    grads = []
+    for module in (plain, ours):
+        x = torch.linspace(-1, 1, 120).view(3, 5, 8)
+        y = module(x, x, x)[0]
+        x.add_(1)
+        y.square().sum().backward()
+        grads.append(module.in_proj_weight.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize("hooks", [True, False], ids=["in a CacheMeter", "outside"])
+def test_transposed_input_may_be_overwritten_where_plain_keeps_a_copy(hooks):
+    grads = []
+    for module in pair(nn.Linear(5, 4), **LOSSLESS):
+        x = torch.linspace(-1, 1, 60).view(3, 5, 4)
+        if hooks:
+            with dropit.CacheMeter(module):
+                y = module(x.transpose(1, 2))
+        else:
+            y = module(x.transpose(1, 2))
+        x.add_(1)
+        y.square().sum().backward()
+        grads.append(module.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(4, 4),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.LayerNorm(4),
+        nn.GELU(),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_no_gradient_stays_none_where_plain_has_none(layer):
+    last = nn.Linear(4, 4)
+
+    def cut(x):
+        return last(x.detach())
+
+    for module in pair(nn.Sequential(nn.Linear(4, 4), layer), **INT16):
+        checkpoint(cut, module(torch.randn(2, 4)), use_reentrant=True).sum().backward()
+        assert [name for name, parameter in module.named_parameters() if parameter.grad is not None] == []
+
+
+@pytest.mark.parametrize(("heads", "frozen"), [(1, False), (2, True)], ids=["one head", "frozen projection"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_output_is_bit_equal(heads, frozen, dtype):
+    for seed in range(40):
+        torch.manual_seed(seed)
+        attention = nn.MultiheadAttention(8, heads, batch_first=True, dtype=dtype)
+        nn.init.normal_(attention.out_proj.bias)
+        attention.out_proj.requires_grad_(not frozen)
+        plain, ours = pair(attention, **LOSSLESS)
+        x = torch.randn(3, 5, 8, dtype=dtype)
+        for need_weights in (True, False):
+            expected = plain(x, x, x, need_weights=need_weights)[0]
+            assert torch.equal(ours(x, x, x, need_weights=need_weights)[0], expected)
+
+
+def laid_out(x, order):
+    """``x``, with its dimensions in memory in that order."""
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (1, 2, 3, 1), (2, 2, 3, 1), (3, 3, 1, 3), (2, 3, 4, 2)])
+def test_batch_norm_gradients_are_right_whatever_the_layouts(shape):
+    """PyTorch has a fifth of these wrong on a CPU (torch 2.14): the sum over the samples is the truth."""
+    orders = list(itertools.permutations(range(4)))
+    x, grad = torch.randn(shape), torch.randn(shape)
+    _, ours = pair(nn.Sequential(nn.BatchNorm2d(shape[1]), nn.Conv2d(shape[1], 1, 1)), **INT16)
+    for order, order_of_grad in itertools.product(orders, orders):
+        ours.zero_grad()
+        ours[0](laid_out(x, order).requires_grad_()).backward(laid_out(grad, order_of_grad))
+        torch.testing.assert_close(ours[0].bias.grad, grad.sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("first", [2, 3])
+def test_batch_norm_gradients_are_right_for_a_part_of_a_tensor(first):
+    found = []
+    whole, grad = torch.randn(first, 5, 2), torch.randn(first, 3, 1, first).movedim(-1, 1)
+    part = whole.chunk(2, 1)[0][..., :1].unflatten(-1, (1, 1)).transpose(1, 2).expand(-1, first, -1, -1)
+    for norm in pair(nn.Sequential(nn.BatchNorm2d(first), nn.Conv2d(first, 1, 1)), **INT16):
+        y = norm[0](part)
+        y.backward(grad.contiguous())
+        found.append(norm[0].bias.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
