@@ -31,7 +31,8 @@ class Packed(NamedTuple):
     """What is kept of one tensor. One that is kept as it is has ``values`` that are the tensor itself, and no more.
 
     ``values``: (k,), in memory order, in the tensor's dtype or in a narrower one. Those in int8 have ``scales``,
-    (ceil(k / 32), ) bfloat16: value i stands for ``values[i] * scales[i // 32]``.
+    (ceil(k / 32), ) bfloat16, or 16 bits of its own kind for float64: value i stands for
+    ``values[i] * scales[i // 32]``, and the lowest that int8 has for NaN.
 
     ``positions``: none where all is kept, or uint8 of the smaller of two encodings:
 

@@ -36,14 +36,15 @@ class Strategy(ABC):
     """Base of the strategies. ``gamma`` in [0, 1) is the fraction that is dropped."""
 
     gamma: float = 0.9
-    _gamma: ClassVar[str]  # set on each
+    # The same, written out. A compiler takes a number that is another one in the next model for a variable, which no
+    # count of elements can be computed from; a text is always a constant, and guarded as such.
+    _gamma: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         if isinstance(self.gamma, bool) or not isinstance(self.gamma, (int, float)):
             raise TypeError(f"gamma must be a number, got {self.gamma!r}")
         if not 0 <= self.gamma < 1:  # NaN fails too
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
-        # As text, which compilers take for a constant: a float that differs between two models becomes symbolic.
         object.__setattr__(self, "_gamma", repr(float(self.gamma)))
 
     def pack(
@@ -70,7 +71,7 @@ class Strategy(ABC):
 
     def _share(self, n: int) -> int:
         """How many of n are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
-        return max(1, round(n * (1 - float(self._gamma))))
+        return max(1, round(n * (1 - float(self._gamma or self.gamma))))
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class FastMinK(ElementStrategy):
     def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
         samples = self._samples(x, batch_dim)
         form = self._form(x.numel() // samples)
-        if form[2] and samples > 1:  # each sample has a rest
+        if samples > 1 and form[2]:  # each sample has a rest
             return super()._pack(x, channel_dim, batch_dim, value_dtype)
         flat, layout = flatten(x, outermost=batch_dim if samples > 1 else None)
         layout = layout._replace(per_block=self._per_block(x, batch_dim))
@@ -163,12 +164,14 @@ class FastMinK(ElementStrategy):
     def _per_block(self, x: Tensor, batch_dim: int) -> int | None:
         samples = self._samples(x, batch_dim)
         size, share, rest = self._form(x.numel() // samples)
-        return share if size == OFFSET_BLOCK and not (rest and samples > 1) else None
+        return share if size == OFFSET_BLOCK and not (samples > 1 and rest) else None
 
     def _form(self, n: int) -> tuple[int, int, int]:
         """Block size, and how many are kept of each whole block and of what is left of ``n``."""
         size = self.block_size or (OFFSET_BLOCK if n > _ONE_BLOCK else n)
-        return size, self._share(size), self._share(n % size) if n % size else 0
+        rest = n % size
+        # No branch: where n is a variable, a compiler would need a graph for each of the two cases.
+        return size, self._share(size), min(rest, self._share(rest))
 
 
 @dataclass(frozen=True)

@@ -123,11 +123,13 @@ def laid_out(x, order):
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (1, 2, 3, 1), (3, 3, 1, 3)])
+@pytest.mark.parametrize("shape", [(1, 3, 1, 2), (1, 2, 3, 1), (2, 2, 3, 1), (3, 3, 1, 3), (2, 3, 4, 2)])
 def test_batch_norm_gradients_are_right_whatever_the_layouts(shape):
-    # Plain is no measure here: PyTorch's own gradients are wrong for some of these layouts.
+    """PyTorch has a fifth of these wrong on a CPU (torch 2.14): the sum over the samples is the truth."""
+    orders = list(itertools.permutations(range(4)))
     x, grad = torch.randn(shape), torch.randn(shape)
-    for order, order_of_grad in itertools.product(itertools.permutations(range(4)), [(0, 1, 2, 3), (0, 2, 3, 1)]):
-        norm, _ = dropit.to_dropit(nn.Sequential(nn.BatchNorm2d(shape[1]), nn.Conv2d(shape[1], 1, 1)), **INT16)
-        norm(laid_out(x, order).requires_grad_()).backward(laid_out(grad, order_of_grad))
-        torch.testing.assert_close(norm.bias.grad, grad.sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+    _, ours = pair(nn.Sequential(nn.BatchNorm2d(shape[1]), nn.Conv2d(shape[1], 1, 1)), **INT16)
+    for order, order_of_grad in itertools.product(orders, orders):
+        ours.zero_grad()
+        ours[0](laid_out(x, order).requires_grad_()).backward(laid_out(grad, order_of_grad))
+        torch.testing.assert_close(ours[0].bias.grad, grad.sum((0, 2, 3)), rtol=1e-3, atol=1e-3)

@@ -92,13 +92,18 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""
-        seen: dict[int, Tensor] = {}
-        for x in (query, key, value):
-            if not batched:
-                seen.setdefault(id(x), x.unsqueeze(1))
-            else:
-                seen.setdefault(id(x), x.transpose(0, 1) if self.batch_first else x)
-        return seen[id(query)], seen[id(key)], seen[id(value)]
+        # Compared by ``is`` alone: by its ``id`` a compiler takes a tensor for a constant, and compiles anew each step.
+        q = self._laid(query, batched)
+        k = q if key is query else self._laid(key, batched)
+        if value is query:
+            return q, k, q
+        return q, k, k if value is key else self._laid(value, batched)
+
+    def _laid(self, x: Tensor, batched: bool) -> Tensor:
+        """(L, N, E)."""
+        if not batched:
+            return x.unsqueeze(1)
+        return x.transpose(0, 1) if self.batch_first else x
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         weight, bias = self.in_proj_weight, self.in_proj_bias

@@ -24,7 +24,7 @@ class DropITDropoutFunction(Function):
     @staticmethod
     def forward(input: Tensor, p: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The output, and the mask (bool) that PyTorch would have drawn."""
-        if input.is_cuda:
+        if input.is_cuda or torch.compiler.is_compiling():  # compiled, what plain dropout becomes on any device
             return torch.native_dropout(input, p, True)
         noise = torch.empty_like(input).bernoulli_(1 - p)
         return input * noise.div(1 - p), noise.to(torch.bool)

@@ -80,6 +80,8 @@ class _Quantizing(TorchFunctionMode):
         q, k, v, mask, form = _arguments(*args, **named)
         if not can_quantize(q, k, v, mask, form):
             return func(*args, **named)
+        if torch.compiler.is_compiling():  # which takes no tensor twice
+            k, v = (x.view_as(x) for x in (k, v))
         return dropit_scaled_dot_product(q, k, v, mask, form, self._packer)
 
 

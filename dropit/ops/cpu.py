@@ -43,7 +43,7 @@ def pack_largest(
     value_dtype: torch.dtype | None = None,
 ) -> Packed:
     """As :func:`dropit.ops.reference.pack_largest`."""
-    rest_count = rest_count if flat.numel() % block_size else 0
+    rest_count = min(rest_count, flat.numel() % block_size)
     select = _select_op if torch.compiler.is_compiling() else _select
     values, positions = select(flat, block_size, count, rest_count, layout.per_block)
     narrowed, scales = reference.narrow(values, value_dtype)

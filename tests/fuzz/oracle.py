@@ -81,7 +81,8 @@ def _dropped(plain: _Plain) -> str:
     rng = Random(plain.case.plan.seed)
     strategy = rng.choice(["fastmink", "fastmink", *dropit.STRATEGIES])
     options = {"compress": rng.choice(["int8", "int8", "int4"]), "value_dtype": rng.choice([None, "bf16", "int8"])}
-    record = train(_converted(plain.case, strategy=strategy, gamma=0.9, **options))
+    seed = {"seed": 1} if "random" in strategy else {}
+    record = train(_converted(plain.case, strategy=strategy, gamma=0.9, **seed, **options))
     reason = _compared(plain, record)
     return f"{strategy}, {options}: {reason}" if reason else ""
 
