@@ -68,13 +68,26 @@ class _Plain:
 
     def sensitivity(self, size: float) -> dict[str, float]:
         """How far each gradient moves, relatively, when all that it is computed from is off by ``size``."""
-        moved = distances(_train_in_double(self.case).gradients, self.expected.gradients)
+        moved = self._rounding()
         # Checkpoints keep hooks from what they save, and without them what is computed again is of another time.
         for checkpoints, number in product((True, False), range(3)):
             exact = _train_perturbed(self.case, 0.0, number, checkpoints).gradients
             apart = distances(_train_perturbed(self.case, size, number, checkpoints).gradients, exact)
             moved = {name: max(moved.get(name, 0.0), apart.get(name, 0.0)) for name in moved | apart}
         return moved
+
+    def _rounding(self) -> dict[str, float]:
+        """How far each gradient is from that in float64; no less than a part of how far any is, in absolute terms.
+
+        Where the largest is nothing but rounding, as behind a normalization of constants, so are the others.
+        """
+        if any(isinstance(module, nn.RMSNorm) and module.eps is None for module in self.case.network.modules()):
+            return {}  # its eps is that of the dtype
+        expected = self.expected.gradients
+        apart = distances(_train_in_double(self.case).gradients, expected)
+        scales = scales_of(expected)
+        most = max((apart[name] * scales[name] for name in apart), default=0.0)
+        return {name: max(apart[name], most / SLACK / scales[name]) if scales[name] else 0.0 for name in apart}
 
 
 def _lossless(plain: _Plain) -> str:
@@ -87,7 +100,7 @@ def _int16(plain: _Plain) -> str:
     reason = _compared(plain, record) or _gradients_differ(plain, record, _tolerance(plain.case))
     if not reason.startswith("gradient"):
         return reason
-    if _hides_a_write(plain.case):
+    if not plain.record.error and _hides_a_write(plain.case):
         return ""
     if not plain.has_batch_norm():
         return reason
@@ -205,6 +218,14 @@ def _copied(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def _copied_alike(x: Tensor) -> Tensor:
+    """A copy with the same strides, on which some of PyTorch's gradients depend."""
+    x = x.detach()
+    if 0 in x.stride() or x.numel() == 0:
+        return x.clone()
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+
+
 def _with_copied_gradient(output: Tensor) -> Tensor:
     if output.requires_grad:
         output.register_hook(_copied)
@@ -214,7 +235,7 @@ def _with_copied_gradient(output: Tensor) -> Tensor:
 def _train_on_copies(case: Case) -> Record:
     """Plain training that saves copies: no change in place reaches them."""
     case = copy.deepcopy(case)
-    with saved_tensors_hooks(Tensor.clone, lambda saved: saved) if not case.plan.outer else nullcontext():
+    with saved_tensors_hooks(_copied_alike, lambda saved: saved) if not case.plan.outer else nullcontext():
         return train(case)
 
 
@@ -240,11 +261,11 @@ def _train_perturbed(case: Case, size: float, number: int, checkpoints: bool) ->
 
     def perturbed(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point() or tensor.numel() == 0:
-            return tensor.clone()
+            return _copied_alike(tensor)
         exact = (tensor == 0) | ~tensor.isfinite()  # not by rounding
         largest = tensor.masked_fill(exact, 0).abs().max()
         noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
-        return torch.where(exact, tensor, tensor + noise * largest * size)
+        return _copied_alike(tensor).add_(noise.masked_fill_(exact, 0) * largest, alpha=size)
 
     with torch.no_grad():
         for tensor in [*case.network.parameters(), *case.inputs]:
@@ -265,18 +286,25 @@ def _form(tensor: Tensor) -> str:
 
 
 def distances(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
-    """How far each of several gradients is from the other, relative to its norm or to a part of the largest norm."""
-    largest = max((_norm(grad) for grad in theirs.values()), default=0.0)
-    return {name: _distance(ours[name], grad, floor=1e-2 * largest) for name, grad in theirs.items() if name in ours}
+    """How far each of several gradients is from the other, relative to its scale."""
+    scales = scales_of(theirs)
+    return {name: _distance(ours[name], grad, scales[name]) for name, grad in theirs.items() if name in ours}
+
+
+def scales_of(gradients: dict[str, Tensor]) -> dict[str, float]:
+    """The norm of each, or a part of the largest of all norms where that is more."""
+    norms = {name: _norm(grad) for name, grad in gradients.items()}
+    least = 1e-2 * max(norms.values(), default=0.0)
+    return {name: max(norm, least) for name, norm in norms.items()}
 
 
 def _norm(tensor: Tensor) -> float:
     return float(tensor.double().nan_to_num(0.0, 0.0, 0.0).norm())
 
 
-def _distance(ours: Tensor, theirs: Tensor, floor: float = 0.0) -> float:
+def _distance(ours: Tensor, theirs: Tensor, scale: float | None = None) -> float:
     if ours.shape != theirs.shape or not torch.equal(ours.isfinite(), theirs.isfinite()):
         return torch.inf
-    scale = max(_norm(theirs), floor)
+    scale = _norm(theirs) if scale is None else scale
     difference = _norm(ours.double() - theirs.double())
     return difference / scale if scale else difference
