@@ -133,3 +133,37 @@ def test_batch_norm_gradients_are_right_whatever_the_layouts(shape):
         ours.zero_grad()
         ours[0](laid_out(x, order).requires_grad_()).backward(laid_out(grad, order_of_grad))
         torch.testing.assert_close(ours[0].bias.grad, grad.sum((0, 2, 3)), rtol=1e-3, atol=1e-3)
+
+
+def test_autocast_casts_the_bias_of_a_frozen_convolution_once_for_two_calls():
+    conv = nn.Conv2d(3, 1, 3)
+    conv.weight.requires_grad_(False)
+    biases = []
+    grads = [torch.full((1, 1, 1, 1), value, dtype=torch.bfloat16) for value in (-4.46875, 14.0)]
+    for module in pair(nn.Sequential(conv, nn.Conv2d(1, 1, 1)), **LOSSLESS):
+        x = torch.ones(1, 3, 3, 3, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [module[0](x) for _ in grads]
+        torch.autograd.backward(outputs, grads)
+        biases.append(module[0].bias.grad)
+    assert torch.equal(biases[1], biases[0])
+
+
+@pytest.mark.parametrize("compress", ["int16", "int8", "int4"])
+def test_attention_with_dropout_takes_a_float_mask_under_autocast(compress):
+    attention = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True)
+    dropit.to_dropit(attention, gamma=0.0, compress=compress)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention(x, x, x, attn_mask=torch.zeros(3, 3), need_weights=False)[0]
+    y.float().square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_output_of_attention_without_a_batch_is_bit_equal(need_weights):
+    plain, ours = pair(nn.MultiheadAttention(6, 2), **LOSSLESS)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        x = torch.randn(2, 6)
+        assert torch.equal(ours(x, x, x, need_weights=need_weights)[0], plain(x, x, x, need_weights=need_weights)[0])
