@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -80,51 +79,6 @@ FAMILIES = {
 }
 
 
-def gpt2():
-    transformers = pytest.importorskip("transformers")
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 50}
-    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = transformers.GPT2Config(**sizes, **dropouts, use_cache=False)
-    model = transformers.GPT2Model(config)
-
-    class Hidden(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model(inputs_embeds=x).last_hidden_state
-
-    return Hidden()
-
-
-def vit():
-    sizes = {"num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64, "num_classes": 10}
-    return torchvision.models.VisionTransformer(image_size=32, patch_size=8, **sizes)
-
-
-def convnext():
-    setting = torchvision.models.convnext.CNBlockConfig
-    blocks = [setting(16, 32, 1), setting(32, None, 1)]
-    return torchvision.models.ConvNeXt(blocks, stochastic_depth_prob=0.0, num_classes=10)
-
-
-def resnet():
-    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
-
-
-def pictures(samples):
-    return torch.randn(samples, 3, 32, 32)
-
-
-MODELS = {
-    "resnet": (resnet, pictures),
-    "vit": (vit, pictures),
-    "convnext": (convnext, pictures),
-    "gpt2": (gpt2, tokens),
-}
-
-
 def gradients(model, x):
     model.zero_grad()
     x = x.clone().requires_grad_()
@@ -156,20 +110,6 @@ def check(make, batch, options, backend, tolerance, monkeypatch):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_family_of_layers(name, setting, monkeypatch):
     check(*FAMILIES[name], SETTINGS[setting], "aot_eager", 1e-4, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_each_family_of_layers_by_inductor(name, setting, monkeypatch):
-    check(*FAMILIES[name], SETTINGS[setting], "inductor", 2e-2, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", MODELS)
-def test_whole_models(name, setting, monkeypatch):
-    check(*MODELS[name], SETTINGS[setting], "aot_eager", 1e-3, monkeypatch)
 
 
 @pytest.mark.parametrize("strategy", ["fastmink", "mink_c"])
