@@ -167,3 +167,10 @@ def test_output_of_attention_without_a_batch_is_bit_equal(need_weights):
         torch.manual_seed(seed)
         x = torch.randn(2, 6)
         assert torch.equal(ours(x, x, x, need_weights=need_weights)[0], plain(x, x, x, need_weights=need_weights)[0])
+
+
+@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Tanh(), nn.GELU(), nn.ReLU()], ids=lambda a: type(a).__name__)
+def test_strides_of_an_activation_of_one_channels_last_sample_are_those_of_plain(activation):
+    plain, ours = pair(nn.Sequential(activation, nn.Conv2d(4, 4, 1)), **INT16)
+    x = torch.randn(1, 4, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert ours[0](x).stride() == plain[0](x).stride()
