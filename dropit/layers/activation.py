@@ -28,7 +28,6 @@ from dropit.layers.layer import (
     QuantizedLayer,
     anchor,
     first_order_only,
-    no_view,
     none_for_none,
     without_zeros,
 )
@@ -105,7 +104,7 @@ class DropITActivationFunction(Function):
     ) -> Tensor:
         """The plain forward, or ``output`` where it has been computed."""
         if output is not None:
-            return no_view(output)
+            return output
         output = CURVES[name].function(input, inplace)
         return input if inplace else output
 
@@ -113,9 +112,9 @@ class DropITActivationFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what is stored of the input or of the output."""
         without_zeros(ctx)
-        input, _, ctx.curve, inplace, anchor, ctx.restore, *stored = inputs
-        if inplace:
-            ctx.mark_dirty(input)
+        input, computed, ctx.curve, inplace, anchor, ctx.restore, *stored = inputs
+        if inplace or computed is not None:
+            ctx.mark_dirty(input if inplace else computed)
         ctx.save_for_backward(anchor, *stored)
 
     @staticmethod

@@ -44,7 +44,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         batched = query.dim() == 3
-        q, k, v = self._projected(*self._length_first(query, key, value, batched))  # each (L, N, E)
+        q, k, v = self._projected(*self._length_first(query, key, value, batched), together=batched)  # each (L, N, E)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask.unsqueeze(0)
         # Without another mask and without weights, attention's kernel makes the causal mask itself.
@@ -105,11 +105,13 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
             return x.unsqueeze(1)
         return x.transpose(0, 1) if self.batch_first else x
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, together: bool) -> tuple[Tensor, ...]:
+        """``together``: whether what is read by several is projected at once, as PyTorch does if there is a batch."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if self._qkv_same_embed_dim and query is key and key is value:
+        together = together and self._qkv_same_embed_dim
+        if together and query is key and key is value:
             return _apart(self._linear(query, weight, bias, "query"), 3)  # type: ignore[arg-type]
-        if self._qkv_same_embed_dim and key is value:
+        if together and key is value:
             sizes = [self.embed_dim, 2 * self.embed_dim]
             of_query, of_both = weight.split(sizes)  # type: ignore[union-attr]
             bias_query, bias_both = (None, None) if bias is None else bias.split(sizes)

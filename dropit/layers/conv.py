@@ -98,6 +98,8 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     """
     if input.dim() < weight.dim():
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
+    if not weight.requires_grad and _casts_once(input, bias):
+        return _plain_conv(input, weight, bias, geometry)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:
         return DropITConvFunction.apply(x, w, b, geometry, None, None)  # type: ignore[no-any-return]
@@ -105,6 +107,13 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     if stored is None:
         return _plain_conv(input, weight, bias, geometry)
     return DropITConvFunction.apply(x, w, b, geometry, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
+
+
+def _casts_once(*tensors: Tensor | None) -> bool:
+    """Whether autocast casts one of these for several calls, whose gradients are then added in the lower precision."""
+    if all(cast is x for cast, x in zip(autocast(*tensors), tensors, strict=True)):
+        return False
+    return any(x is not None and x.is_leaf and x.requires_grad for x in tensors)
 
 
 def _plain_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

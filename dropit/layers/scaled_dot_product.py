@@ -235,7 +235,8 @@ def _attend_by_formula(
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -math.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask
+        # Under autocast the forward pass has cast the mask.
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
     weights = _softmax(scores)
     kept = None if random is None else _dropout_mask(weights, form.dropout, random)
     dropped = weights if kept is None else weights * kept
