@@ -176,7 +176,10 @@ class FastMinK(ElementStrategy):
 
 @dataclass(frozen=True)
 class Draws:
-    """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from one of its own."""
+    """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from one of its own.
+
+    Compiled, they are PyTorch's in any case.
+    """
 
     seed: int | None = None
     _generators: dict[torch.device, torch.Generator] = dataclasses.field(
@@ -186,6 +189,8 @@ class Draws:
     def integers(self, rows: int, n: int, device: torch.device) -> Tensor:
         """(rows, n) int32, from 0 to 2^31 - 2."""
         generator = self._generator(device)
+        if generator is None:  # which may not be given, not even as None, where a compiler does not know n
+            return torch.randint(2**31 - 1, (rows, n), dtype=torch.int32, device=device)
         return torch.randint(2**31 - 1, (rows, n), dtype=torch.int32, device=device, generator=generator)
 
     def uniform(self, like: Tensor) -> Tensor:
@@ -193,8 +198,8 @@ class Draws:
         return torch.empty_like(like).uniform_(generator=self._generator(like.device))
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
-        if self.seed is None or device.type == "meta":
-            return None
+        if self.seed is None or device.type == "meta" or torch.compiler.is_compiling():
+            return None  # a graph has no place for generators of one's own
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dropit.packed import Layout, Packed, dense_nbytes, flatten, keep_dense, packed_nbytes, unflatten
+from dropit.packed import Layout, Packed, dense_nbytes, flatten, keep_dense, memory_order, packed_nbytes, unflatten
 
 LAYOUTS = {
     "contiguous": torch.arange(120.0).view(2, 3, 4, 5),
@@ -28,6 +28,11 @@ def test_flatten_copies_nothing_where_the_tensor_has_no_gaps(name):
     flat, layout = flatten(x)
     assert flat.data_ptr() == x.data_ptr()
     assert unflatten(flat, layout).stride() == x.stride()
+
+
+@pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS)
+def test_of_dimensions_of_equal_strides_the_first_is_the_outermost(x):
+    assert memory_order(x) == tuple(sorted(range(x.dim()), key=lambda dim: -x.stride(dim)))
 
 
 def test_packed_counts_what_it_stores():

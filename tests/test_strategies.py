@@ -1,6 +1,8 @@
 import copy
+import dataclasses
 import math
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -251,3 +253,20 @@ def test_more_than_two_to_the_31_elements_are_counted_right(name, gamma):
     kept = x.numel() * (1 - gamma)
     assert 3.98 * kept < packed.nbytes < 4 * kept + x.numel() / 7
     assert ops.unpack(packed).shape == x.shape
+
+
+def test_what_compilers_are_given_of_gamma_takes_no_part_in_what_a_strategy_is():
+    strategy = MinK(0.25)
+    assert repr(strategy) == "MinK(gamma=0.25, per_sample=False)"
+    assert strategy == pickle.loads(pickle.dumps(strategy)) == dataclasses.replace(MinK(0.5), gamma=0.25)
+    assert strategy.count(100) == pickle.loads(pickle.dumps(strategy)).count(100) == 75
+    assert dataclasses.replace(strategy, gamma=0.5).count(100) == 50
+
+
+def test_a_strategy_may_check_its_arguments_itself():
+    @dataclass(frozen=True)
+    class Own(MinK):
+        def __post_init__(self):
+            pass
+
+    assert Own(0.25).count(100) == 75

@@ -138,6 +138,8 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
         weight, bias = self.weight, self.bias
         if not self.saves(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
             return self._conv_forward(input, weight, bias)  # which may be replaced on the module, to pad in another way
+        if not weight.requires_grad and _casts_once(input, bias):
+            return self._conv_forward(input, weight, bias)
         if self.padding == "same" and any(step != 1 for step in each(self.stride, 1)):
             return self._conv_forward(input, weight, bias)  # PyTorch's error
         padded, padding = self._pad(input, weight)
