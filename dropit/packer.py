@@ -17,7 +17,7 @@ from dropit.packed import Packed, flatten, keep_dense
 from dropit.snapshot import Snapshot, graph_task
 from dropit.stored import Offered, Stored, offered
 from dropit.strategies import Draws, Strategy
-from dropit.tracing import is_mapped, is_traced
+from dropit.tracing import is_mapped, is_traced, saved_as_is
 
 
 class _Entry(NamedTuple):
@@ -168,7 +168,7 @@ class Packer:
         with torch.no_grad():
             flat, layout = flatten(x.detach())
             steps, scales = ops.quantize(flat, bits, self._noise(flat, role))
-            return Packed(steps, None, scales, layout)
+            return Packed(saved_as_is(steps), None, scales, layout)
 
     def narrows(self, x: Tensor) -> bool:
         """Whether ``x`` takes less when quantized."""
@@ -189,7 +189,9 @@ class Packer:
         strategy = self.strategy
         if isinstance(strategy, Draws) and not torch.compiler.is_compiling():
             strategy = dataclasses.replace(strategy, seed=self._next_seed(role))  # type: ignore[call-arg]
-        return strategy.pack(x, channel_dim=channel_dim, batch_dim=batch_dim, value_dtype=self.value_dtype)
+        packed = strategy.pack(x, channel_dim=channel_dim, batch_dim=batch_dim, value_dtype=self.value_dtype)
+        narrowed = packed.values.dtype != x.dtype
+        return packed._replace(values=saved_as_is(packed.values)) if narrowed else packed
 
     def _next_seed(self, role: str) -> int | None:
         """The seed for what is drawn next; within a backward pass, for what was drawn last in the forward pass."""

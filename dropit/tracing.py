@@ -19,3 +19,16 @@ def is_mapped(x: Tensor) -> bool:
 def is_traced() -> bool:
     """Whether a compiler or torch.func looks on: tensors have no storage then, and a backward pass none within it."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def saved_as_is(x: Tensor) -> Tensor:
+    """``x`` (n,), which a compiler saves for the backward pass as it is, and not what is computed from it there.
+
+    Of what a graph could save, PyTorch's partitioner takes the least, but counts a tensor twice if all its readers can
+    be fused with it: codes of 8 bits would weigh more than the bfloat16 that they become. A split, here into one part,
+    is a view that it does not fuse.
+    """
+    if not torch.compiler.is_compiling():
+        return x
+    whole: Tensor = x.split([x.shape[0]])[0]
+    return whole
