@@ -81,7 +81,10 @@ def _innermost_hook() -> Any:
 
 
 def _innermost_checkpoint() -> Any:
-    """The generator of the innermost region of activation checkpointing that runs, by a look at the call stack."""
+    """The generator of the innermost region of activation checkpointing that runs, by a look at the call stack.
+
+    Other hooks are no scope then: what they are given twice, as tensors that two layers share, they pack twice.
+    """
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_filename == checkpoint.__file__ and "gen" in frame.f_locals:

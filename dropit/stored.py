@@ -31,11 +31,6 @@ class Stored(NamedTuple):
         """What is packed comes back by unpacking."""
         return cls(partial(_unpack, packed.layout), (packed.values, packed.positions, packed.scales))
 
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        """For a Function that takes ``restore, *stored``."""
-        return self.restore, *self.tensors
-
     def cast(self, dtype: torch.dtype) -> Stored:
         """The same in ``dtype``."""
         return self.then(partial(_cast, dtype))

@@ -159,7 +159,7 @@ def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool
         stored = packer.store_all(input.clone() if overwritten else input)
     else:
         stored = _store_input(input, curve, packer)
-    output = DropITActivationFunction.apply(input, None, name, inplace, anchor(input), *stored.arguments)
+    output = DropITActivationFunction.apply(input, None, name, inplace, anchor(input), stored.restore, *stored.tensors)
     return offer(output, packer.offer(stored.then(partial(_again, name))))
 
 
@@ -177,7 +177,7 @@ def _bounded_activation(input: Tensor, name: str, packer: Packer, given: bool) -
         # The derivative is the largest in the center, where the steps lie the same to both sides.
         stored = Stored.of(packer.quantize(output - curve.center if curve.center else output))
         stored = stored.then(partial(_from_center, curve.center))
-    output = DropITActivationFunction.apply(input, output, name, False, anchor(input), *stored.arguments)
+    output = DropITActivationFunction.apply(input, output, name, False, anchor(input), stored.restore, *stored.tensors)
     return offer(output, packer.offer(stored))
 
 

@@ -106,7 +106,7 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     stored = packer.store(x, input, channel_dim=1)
     if stored is None:
         return _plain_conv(input, weight, bias, geometry)
-    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
+    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), stored.restore, *stored.tensors)  # type: ignore[no-any-return]
 
 
 def _casts_once(*tensors: Tensor | None) -> bool:

@@ -281,10 +281,20 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format).copy_(x)
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for devices of that type."""
+    return bool(_has_autocast(device)) and torch.is_autocast_enabled(device)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast would make of the arguments of a Linear or Conv, done where autograd still sees it."""
     device = next(tensor.device.type for tensor in tensors if tensor is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(_cast(tensor, dtype) for tensor in tensors)
@@ -296,7 +306,7 @@ def autocast_as(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     Autocast does not know the operators behind it, which a layer calls, as they return more or have a backward.
     """
     device = x.device.type
-    if x.dtype.itemsize > 2 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if x.dtype.itemsize > 2 or not autocasts(device):
         return x
     with torch.no_grad():
         one = operator(x.new_ones([1] * x.dim()))

@@ -94,7 +94,7 @@ def dropit_linear(
     if stored is None:
         return F.linear(plain, weight, bias)
     x = as_rows(x) if flat else x
-    return DropITLinearFunction.apply(x, w, b, anchor(x), *stored.arguments)  # type: ignore[no-any-return]
+    return DropITLinearFunction.apply(x, w, b, anchor(x), stored.restore, *stored.tensors)  # type: ignore[no-any-return]
 
 
 @register

@@ -350,7 +350,7 @@ def _in_graph(
     ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
     stored = _store(normalized, tensors[0], packer)
-    output = function.apply(*tensors, form, anchor(tensors[0]), *stored.arguments)
+    output = function.apply(*tensors, form, anchor(tensors[0]), stored.restore, *stored.tensors)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
