@@ -51,17 +51,18 @@ class Snapshot(NamedTuple):
     """
 
     version: int
+    form: tuple[Any, ...]  # shape and strides
     digest: Tensor | None
     scope: Scope
 
     @classmethod
     def of(cls, x: Tensor) -> Snapshot:
         """Take a snapshot of ``x``."""
-        return cls(x._version, _digest(x), Scope.current())
+        return cls(x._version, (x.shape, x.stride()), _digest(x), Scope.current())
 
     def matches(self, x: Tensor) -> bool:
         """Whether ``x`` is unchanged."""
-        if self.version != x._version:
+        if self.version != x._version or self.form != (x.shape, x.stride()):
             return False
         return self.digest is None or _same(self.digest, _digest(x))
 
@@ -112,7 +113,13 @@ def _digest(x: Tensor) -> Tensor | None:
         flat = flat.float() if flat.element_size() < 4 else flat
         weights, whole = _weights(flat.dtype), flat.numel() // _ROW * _ROW
         rows, rest = flat[:whole].view(-1, _ROW) @ weights, flat[whole:]
-        return torch.cat([rows, (rest @ weights[: rest.numel()]).view(1)]) if rest.numel() else rows
+        digest = torch.cat([rows, (rest @ weights[: rest.numel()]).view(1)]) if rest.numel() else rows
+        if digest.isfinite().all():
+            return digest
+        # What is not finite hides the others of its row; whole numbers do not.
+        integers = flat.view(torch.int64 if flat.dtype is torch.float64 else torch.int32)
+        places = torch.arange(1, integers.numel() + 1)
+        return torch.cat([digest, (integers * places).sum().view(1).view(digest.dtype)])
 
 
 def _outermost_first(x: Tensor) -> list[int]:

@@ -103,3 +103,20 @@ def test_a_scope_does_not_keep_its_hooks_alive():
     gc.collect()
     assert alive() is None
     assert not scope.is_current()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_a_change_next_to_what_is_not_finite_is_noticed(value):
+    x = torch.randn(8, 256)
+    x[:, 0] = value
+    taken = Snapshot.of(x)
+    assert taken.matches(x)
+    x.data[:, 1:] = x.data[:, 1:].flip(0)
+    assert not taken.matches(x)
+
+
+def test_another_order_of_the_same_elements_is_noticed():
+    x = torch.randn(16, 16)
+    taken = Snapshot.of(x)
+    x.data = x.data.t()
+    assert not taken.matches(x)

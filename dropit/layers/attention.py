@@ -37,7 +37,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: (L, N, E) or, with batch_first, (N, L, E), or unbatched (L, E)."""
-        if not self._packs(query, key, value):
+        if not self._packs(query, key, value) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -78,6 +78,26 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
             return True
         weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return any(weight is not None and weight.requires_grad for weight in (*weights, self.out_proj.weight))
+
+    def _fits(
+        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, attn_mask: Tensor | None
+    ) -> bool:
+        """Whether these are of shapes and dtypes that PyTorch takes; it has an error for others."""
+        dims = query.dim()
+        if dims not in (2, 3) or key.dim() != dims or key.shape[:-1] != value.shape[:-1]:
+            return False
+        if [x.shape[-1] for x in (query, key, value)] != [self.embed_dim, self.kdim, self.vdim]:
+            return False
+        length_at = 1 if dims == 3 and self.batch_first else 0
+        samples = [query.shape[1 - length_at], key.shape[1 - length_at]] if dims == 3 else [1, 1]
+        length, others = query.shape[length_at], key.shape[length_at]
+        padded = (samples[0], others) if dims == 3 else (others,)
+        masks = ((length, others), (samples[0] * self.num_heads, length, others))
+        return (
+            samples[0] == samples[1]
+            and (padding is None or (tuple(padding.shape) == padded and _is_mask(padding)))
+            and (attn_mask is None or (tuple(attn_mask.shape) in masks and _is_mask(attn_mask)))
+        )
 
     def _project(self, context: Tensor, weight: Tensor, bias: Tensor | None, held: bool) -> Tensor:
         """Attention's output (L, N, E), by rows, as PyTorch has it."""
@@ -178,6 +198,10 @@ def _merged_mask(attn_mask: Tensor | None, padding: Tensor | None, like: Tensor,
         hidden = _additive(padding, like.dtype)[:, None, None]
         merged = hidden if merged is None else merged + hidden
     return merged
+
+
+def _is_mask(mask: Tensor) -> bool:
+    return mask.dtype is torch.bool or mask.is_floating_point()
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,9 +14,11 @@ from dropit.layers.layer import (
     LosslessLayer,
     autocast_as,
     each,
+    link_to,
     none_for_none,
     placeholder,
     save_form,
+    with_zeros,
     without_zeros,
 )
 from dropit.layers.table import register
@@ -34,7 +36,7 @@ class DropITAvgPoolFunction(Function):
     """y = the means of windows of x."""
 
     @staticmethod
-    def forward(input: Tensor, windows: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(input: Tensor, windows: tuple[Any, ...], link: tuple[Tensor] | None) -> Tensor:  # type: ignore[override]
         """The plain forward; ``windows`` are the further arguments of PyTorch's operator, the window's size first."""
         return _FORWARD[len(windows[0])](input, *windows)  # type: ignore[no-any-return]
 
@@ -42,21 +44,22 @@ class DropITAvgPoolFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
         without_zeros(ctx)
-        input, ctx.windows = inputs
+        input, ctx.windows, ctx.link = inputs
         save_form(ctx, input)
 
     @staticmethod
     @none_for_none
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, spread over its elements."""
-        return _BACKWARD[len(ctx.windows[0])](grad_output, placeholder(ctx, grad_output), *ctx.windows), None
+        grad_input = _BACKWARD[len(ctx.windows[0])](grad_output, placeholder(ctx, grad_output), *ctx.windows)
+        return with_zeros(grad_input, ctx.link), None, None
 
 
 class DropITAdaptiveAvgPoolFunction(Function):
     """y = the means of ``sizes`` windows of x."""
 
     @staticmethod
-    def forward(input: Tensor, sizes: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(input: Tensor, sizes: list[int], link: tuple[Tensor] | None) -> Tensor:  # type: ignore[override]
         """The plain forward."""
         return _ADAPTIVE_FORWARD[len(sizes)](input, sizes)  # type: ignore[no-any-return]
 
@@ -64,15 +67,16 @@ class DropITAdaptiveAvgPoolFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
         without_zeros(ctx)
-        input, sizes = inputs
+        input, sizes, ctx.link = inputs
         ctx.dimensions = len(sizes)
         save_form(ctx, input)
 
     @staticmethod
     @none_for_none
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, spread over its elements."""
-        return _ADAPTIVE_BACKWARD[ctx.dimensions](grad_output, placeholder(ctx, grad_output)), None
+        grad_input = _ADAPTIVE_BACKWARD[ctx.dimensions](grad_output, placeholder(ctx, grad_output))
+        return with_zeros(grad_input, ctx.link), None, None
 
 
 class _DropITAvgPool(LosslessLayer, nn.modules.pooling._AvgPoolNd):
@@ -88,10 +92,11 @@ class _DropITAvgPool(LosslessLayer, nn.modules.pooling._AvgPoolNd):
         sizes = [list(each(size, self.dimensions)) for size in given]
         rest = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
         if self.dimensions > 1:
-            return DropITAvgPoolFunction.apply(input, (*sizes, *rest))
+            return DropITAvgPoolFunction.apply(input, (*sizes, *rest), link_to(input))
         # One dimension is two, as PyTorch has it.
         flat = [[neutral, *size] for neutral, size in zip((1, 1, 0), sizes, strict=True)]
-        return DropITAvgPoolFunction.apply(input.unsqueeze(-2), (*flat, *rest)).squeeze(-2)
+        input = input.unsqueeze(-2)
+        return DropITAvgPoolFunction.apply(input, (*flat, *rest), link_to(input)).squeeze(-2)
 
 
 class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolNd):
@@ -104,8 +109,9 @@ class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolN
             return super().forward(input)  # type: ignore[misc]
         input = autocast_as(partial(_ADAPTIVE_PLAIN[self.dimensions], output_size=1), input)
         if self.dimensions > 1:
-            return DropITAdaptiveAvgPoolFunction.apply(input, sizes)
-        return DropITAdaptiveAvgPoolFunction.apply(input.unsqueeze(-2), [1, *sizes]).squeeze(-2)
+            return DropITAdaptiveAvgPoolFunction.apply(input, sizes, link_to(input))
+        input = input.unsqueeze(-2)
+        return DropITAdaptiveAvgPoolFunction.apply(input, [1, *sizes], link_to(input)).squeeze(-2)
 
     def _sizes(self, input: Tensor) -> list[int]:
         one = isinstance(self.output_size, int) or self.output_size is None

@@ -23,6 +23,7 @@ from dropit.layers.layer import (
 )
 from dropit.layers.table import register
 from dropit.packer import Packer
+from dropit.tracing import is_mapped
 
 # By the weight's dimensions.
 _PLAIN = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -98,7 +99,7 @@ def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     """
     if input.dim() < weight.dim():
         return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
-    if not weight.requires_grad and _casts_once(input, bias):
+    if is_mapped(weight) or (not weight.requires_grad and _casts_once(input, bias)):
         return _plain_conv(input, weight, bias, geometry)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:

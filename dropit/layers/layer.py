@@ -238,6 +238,58 @@ def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
     return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
 
 
+class _Link(Function):
+    """No element of ``x``, but in its graph."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
+        return x.new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        without_zeros(ctx)
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
+        return None if grad is None else grad.new_zeros(ctx.shape)
+
+
+class _WithZeros(Function):
+    """Identity, in the graph of ``link``, to which it gives a gradient of zeros."""
+
+    @staticmethod
+    def forward(grad: Tensor, link: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        without_zeros(ctx)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, None) if grad is None else (grad, grad.new_empty(0))
+
+
+def link_to(x: Tensor) -> tuple[Tensor] | None:
+    """What :func:`with_zeros` takes, for a Function that saves nothing of ``x`` that is in its graph.
+
+    In a tuple, which a Function takes as it is: no gradient goes that way but a second one.
+    """
+    return (_Link.apply(x),) if x.requires_grad and not is_traced() else None
+
+
+def with_zeros(grad: Tensor, link: tuple[Tensor] | None) -> Tensor:
+    """``grad``, of which the derivative by the layer's input is zeros, and not none.
+
+    So have PyTorch's operators it, whose derivative is constant but where it jumps: under a gradient penalty the
+    parameters before them have gradients of zeros, which an optimizer with momentum or weight decay does not ignore.
+    """
+    if link is None or not torch.is_grad_enabled():
+        return grad
+    return _WithZeros.apply(grad, *link)  # type: ignore[no-any-return]
+
+
 def no_view(output: Tensor) -> Tensor:
     """``output``, and not a view of another tensor, as ``F.linear`` makes them: those may not be changed in place."""
     return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]

@@ -21,6 +21,7 @@ from dropit.layers.layer import (
 )
 from dropit.layers.table import register
 from dropit.packer import Packer
+from dropit.tracing import is_mapped
 
 
 class DropITLinearFunction(Function):
@@ -87,7 +88,7 @@ def dropit_linear(
     ``flat``: compute and return (samples, out), which is another order of sums.
     """
     plain = as_rows(input) if flat else input
-    if not weight.requires_grad or not input.is_floating_point():
+    if not weight.requires_grad or not input.is_floating_point() or is_mapped(weight):
         return F.linear(plain, weight, bias)
     x, w, b = autocast(input, weight, bias)
     stored = packer.store(x, input, batch_dim=batch_dim, role=role)

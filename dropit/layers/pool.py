@@ -17,9 +17,11 @@ from dropit.layers.layer import (
     LosslessLayer,
     autocast_as,
     each,
+    link_to,
     none_for_none,
     placeholder,
     save_form,
+    with_zeros,
     without_zeros,
 )
 from dropit.layers.table import register
@@ -45,7 +47,7 @@ class DropITMaxPoolFunction(Function):
     """The largest of each window. Saves its offset in the window, in the fewest of 1, 2, 4 or 8 bits that hold it."""
 
     @staticmethod
-    def forward(input: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(input: Tensor, windows: Windows, link: tuple[Tensor] | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """The output, and int64 indices into the input's spatial dimensions."""
         output, indices = _FORWARD[len(windows.kernel_size)](input, *windows)
         return output, indices
@@ -54,7 +56,7 @@ class DropITMaxPoolFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the offsets."""
         without_zeros(ctx)
-        input, ctx.windows = inputs
+        input, ctx.windows, ctx.link = inputs
         indices = output[1]
         ctx.mark_non_differentiable(indices)
         save_form(ctx, input)
@@ -64,19 +66,20 @@ class DropITMaxPoolFunction(Function):
 
     @staticmethod
     @none_for_none
-    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
         (stored,) = ctx.saved_tensors
         offsets = ops.unpack_small(stored, _size(ctx.windows), ctx.layout.numel)
         indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
         backward = _BACKWARD[len(ctx.windows.kernel_size)]
-        return backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices), None
+        grad_input = backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices)
+        return with_zeros(grad_input, ctx.link), None, None
 
 
 def dropit_max_pool(input: Tensor, windows: Windows) -> Tensor:
     """Max-pooling of ([N,] C, *spatial) that keeps an offset per window."""
     known = offered(input)
-    output = DropITMaxPoolFunction.apply(input, windows)[0]
+    output = DropITMaxPoolFunction.apply(input, windows, link_to(input))[0]
     return offer(output, known and known.then(partial(_again, windows)))
 
 

@@ -13,11 +13,13 @@ from torch.autograd import Function
 
 from dropit.layers.layer import (
     LosslessLayer,
+    link_to,
     none_for_none,
     save_inside,
     save_mask,
     saved_mask,
     where_saved,
+    with_zeros,
     without_zeros,
 )
 from dropit.layers.table import register
@@ -32,7 +34,9 @@ class DropITReLUFunction(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(input: Tensor, lower: float, upper: float, slope: float, inplace: bool) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        input: Tensor, lower: float, upper: float, slope: float, inplace: bool, link: tuple[Tensor] | None
+    ) -> Tensor:
         """The plain forward."""
         if slope:
             output = F.leaky_relu(input, slope, inplace)
@@ -46,7 +50,7 @@ class DropITReLUFunction(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save where the gradient passes. The output tells as well as the input: y <= lower where x is."""
         without_zeros(ctx)
-        input, lower, ctx.upper, ctx.slope, inplace = inputs
+        input, lower, ctx.upper, ctx.slope, inplace, ctx.link = inputs
         if inplace:
             ctx.mark_dirty(input)
         # The gradient of NaN passes, as PyTorch has it but for hardtanh, where it depends on the place in the tensor,
@@ -67,7 +71,7 @@ class DropITReLUFunction(Function):
             grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope)
         else:
             grad_input = where_saved(ctx, grad_output, _relu_backward if ctx.upper == math.inf else _hardtanh_backward)
-        return grad_input, None, None, None, None
+        return with_zeros(grad_input, ctx.link), None, None, None, None, None
 
 
 def _relu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -95,7 +99,7 @@ def dropit_relu(
     if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
         return input.copy_(dropit_relu(input.clone(), lower=lower, upper=upper, slope=slope))
     known = offered(input)
-    output = DropITReLUFunction.apply(input, lower, upper, slope, inplace)
+    output = DropITReLUFunction.apply(input, lower, upper, slope, inplace, link_to(input))
     return offer(output, known and known.then(partial(_again, lower, upper, slope)))
 
 

@@ -153,7 +153,7 @@ def _side_by_side(context: Tensor) -> Tensor:
 
 def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> bool:
     """Whether attention can be told to keep q, k and v in few bits: wherever it could be run again in backward."""
-    if is_mapped(q) or (mask is not None and mask.requires_grad):
+    if is_mapped(q) or (mask is not None and mask.requires_grad) or form.dropout >= 1:
         return False
     if form.dropout > 0 and (torch.compiler.is_compiling() or (q.is_cuda and is_traced())):
         return False  # a graph draws no random numbers twice

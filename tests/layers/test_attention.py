@@ -190,3 +190,40 @@ def test_at_gamma_zero_learned_biases_have_plains_gradients_under_autocast():
         assert torch.equal(ours.get_parameter(name).grad, parameter.grad)
         off = quantized.get_parameter(name).grad - parameter.grad
         assert off.norm() < 0.05 * max(parameter.grad.norm(), plain.out_proj.weight.grad.norm())
+
+
+REFUSED = {
+    "a mask for each sample": {"attn_mask": torch.zeros(3, 6, 6, dtype=torch.bool)},
+    "a mask of one row": {"attn_mask": torch.zeros(1, 6)},
+    "a mask of one column": {"attn_mask": torch.zeros(6, 1)},
+    "a mask of whole numbers": {"attn_mask": torch.zeros(6, 6, dtype=torch.int64)},
+    "padding of one sample": {"key_padding_mask": torch.zeros(1, 6, dtype=torch.bool)},
+    "one sample's key": {"key": torch.randn(1, 6, E), "value": torch.randn(1, 6, E)},
+    "values of another length": {"value": torch.randn(3, 4, E)},
+    "keys of another width": {"key": torch.randn(3, 6, E // 2)},
+    "four dimensions": {"query": torch.randn(2, 3, 6, E)},
+}
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_pytorch_refuses_is_refused_in_its_words(name, need_weights):
+    ours, plain = pair(0.9, torch.float32, batch_first=True)
+    x = torch.randn(3, 6, E)
+    given = {"query": x, "key": x, "value": x, "need_weights": need_weights} | REFUSED[name]
+    with pytest.raises((AssertionError, RuntimeError)) as expected:
+        plain(**given)
+    with pytest.raises(expected.type) as raised:
+        ours(**given)
+    assert str(raised.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_all_dropped_out_has_gradients_of_zeros(need_weights):
+    plain = nn.MultiheadAttention(E, HEADS, dropout=1.0, batch_first=True)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int8")
+    x = torch.randn(3, 6, E)
+    for module in (plain, ours):
+        module(x, x, x, need_weights=need_weights)[0].sum().backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

@@ -125,3 +125,39 @@ def test_by_torch_func_the_weights_gradient_does_not_hide_that_it_depends_on_the
 
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.func.grad(of_input)(x)
+
+
+LOSSLESS = {
+    "ReLU": (nn.ReLU(), (4, 6)),
+    "ReLU in place": (nn.ReLU(inplace=True), (4, 6)),
+    "ReLU6": (nn.ReLU6(), (4, 6)),
+    "Hardtanh": (nn.Hardtanh(), (4, 6)),
+    "LeakyReLU": (nn.LeakyReLU(), (4, 6)),
+    "Dropout": (nn.Dropout(0.5), (4, 6)),
+    "MaxPool1d": (nn.MaxPool1d(2), (2, 4, 6)),
+    "MaxPool2d": (nn.MaxPool2d(2), (2, 3, 4, 6)),
+    "AvgPool2d": (nn.AvgPool2d(2), (2, 3, 4, 6)),
+    "AdaptiveAvgPool1d": (nn.AdaptiveAvgPool1d(2), (2, 4, 6)),
+    "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d(2), (2, 3, 4, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_a_gradient_penalty_gives_zeros_where_pytorch_does(name):
+    """An optimizer with momentum or weight decay ignores a gradient of None, but not one of zeros."""
+    layer, shape = LOSSLESS[name]
+    plain = nn.Sequential(nn.Linear(6, 6), layer, nn.Linear(3 if "Pool" in name and "Ad" not in name else 6, 1))
+    if "Adaptive" in name:
+        plain[2] = nn.Linear(2, 1)
+    x = torch.randn(shape)
+    results = []
+    for module in (dropit.to_dropit(copy.deepcopy(plain), gamma=0.0), plain):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        (grad,) = torch.autograd.grad(module(leaf).sum(), leaf, create_graph=True)
+        (again,) = torch.autograd.grad(grad.sum(), leaf, retain_graph=True, allow_unused=True)
+        grad.square().sum().backward()
+        results.append([again, leaf.grad, *(parameter.grad for parameter in module.parameters())])
+    for ours, exact in zip(*results, strict=True):
+        assert (ours is None) == (exact is None)
+        assert ours is None or torch.equal(ours, exact)

@@ -189,3 +189,28 @@ def test_a_layer_that_no_gradient_reaches_has_none(layer, compress):
         model(torch.randn(200, 3, 4)).sum().backward()
     for (name, parameter), mine in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert (mine.grad is None) == (parameter.grad is None), name
+
+
+ENSEMBLES = {"linear": lambda: nn.Linear(64, 8), "convolution": lambda: nn.Conv1d(1, 4, 3)}
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_an_ensemble_under_vmap(name, gamma):
+    """Many weights and one input, which torch.func.vmap does not map."""
+    members = [ENSEMBLES[name]() for _ in range(3)]
+    parameters, buffers = torch.func.stack_module_state(members)
+    x = torch.randn(5, 1, 64) if name == "convolution" else torch.randn(5, 64)
+    results = []
+    for base in (copy.deepcopy(members[0]), dropit.to_dropit(copy.deepcopy(members[0]), gamma=gamma)):
+
+        def loss(parameters, buffers, x, base=base):
+            return torch.func.functional_call(base, (parameters, buffers), (x,)).square().sum()
+
+        losses = torch.func.vmap(loss, (0, 0, None))(parameters, buffers, x)
+        grads = torch.autograd.grad(losses.sum(), list(parameters.values()))
+        mapped = {key: value.detach() for key, value in parameters.items()}
+        by_func = torch.func.vmap(torch.func.grad(loss), (0, 0, None))(mapped, buffers, x)
+        results.append([*grads, *by_func.values()])
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact)
