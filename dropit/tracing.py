@@ -13,7 +13,7 @@ def is_mapped(x: Tensor) -> bool:
     functorch = torch._C._functorch
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
-    return functorch.is_batchedtensor(x)
+    return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)  # of autograd's is_grads_batched
 
 
 def is_traced() -> bool:

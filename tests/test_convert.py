@@ -825,3 +825,19 @@ def test_sharding_and_converting_go_in_any_order(order, tmp_path):
         layer(x).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_class_that_is_told_of_its_subclasses_is_not_told_of_ours():
+    known = []
+
+    class Listed(nn.Linear):
+        def __init_subclass__(cls, *, name, **kwargs):
+            super().__init_subclass__(**kwargs)
+            known.append(name)
+
+    model = dropit.to_dropit(nn.Sequential(Listed(4, 4), nn.Linear(4, 2)))
+    assert isinstance(model[0], Listed)
+    assert isinstance(model[0], type(model[1]))
+    assert not known
+    model(torch.randn(3, 4)).sum().backward()
+    assert type(dropit.from_dropit(model)[0]) is Listed

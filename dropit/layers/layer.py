@@ -52,6 +52,9 @@ class DropITLayer(nn.Module):
     _dropit_packer: Packer
     _dropit_off = False  # whether it computes as the plain layer does, where its class has to stay
 
+    def __init_subclass__(cls, **_: Any) -> None:
+        """Keep from the plain class, which may keep a list of its subclasses, that there is one more."""
+
     def saves(self, **inputs: Tensor) -> bool:
         """Whether a forward pass now saves anything for backward: in training, with gradients on."""
         return self.training and torch.is_grad_enabled() and not self._dropit_off
@@ -184,7 +187,7 @@ def where_saved(ctx: Any, grad: Tensor, backward: Callable[[Tensor, Tensor], Ten
 
     ``backward``: PyTorch's operator that does so where a tensor is above zero, and says in which layout.
     """
-    if is_traced():
+    if is_traced() or is_mapped(grad):
         return torch.where(saved_mask(ctx), grad, 0)
     alike = memory_order(grad) == ctx.layout.order and is_dense_in_memory(grad)
     if torch.is_grad_enabled() or not alike:  # a second derivative is wanted, or another layout

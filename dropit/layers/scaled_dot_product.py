@@ -155,6 +155,8 @@ def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: For
     """Whether attention can be told to keep q, k and v in few bits: wherever it could be run again in backward."""
     if is_mapped(q) or (mask is not None and mask.requires_grad) or form.dropout >= 1:
         return False
+    if form.dropout > 0 and k.shape[:-2] != v.shape[:-2]:
+        return False  # which PyTorch takes where groups of queries share keys
     if form.dropout > 0 and (torch.compiler.is_compiling() or (q.is_cuda and is_traced())):
         return False  # a graph draws no random numbers twice
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

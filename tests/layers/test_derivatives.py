@@ -161,3 +161,17 @@ def test_a_gradient_penalty_gives_zeros_where_pytorch_does(name):
     for ours, exact in zip(*results, strict=True):
         assert (ours is None) == (exact is None)
         assert ours is None or torch.equal(ours, exact)
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_many_gradients_at_once(name):
+    layer, shape = LOSSLESS[name]
+    x, results = torch.randn(shape), []
+    for module in (dropit.to_dropit(nn.Sequential(nn.Linear(6, 6), copy.deepcopy(layer)), gamma=0.0)[1], layer):
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(0)
+        output = module(leaf * 1)
+        torch.manual_seed(0)
+        grads = torch.randn(3, *output.shape)
+        results.append(torch.autograd.grad(output, leaf, grads, is_grads_batched=True)[0])
+    assert torch.equal(*results)

@@ -194,3 +194,17 @@ def test_compiled_a_module_inside_that_is_left_out_stays_so(x):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     plain = dropit.from_dropit(copy.deepcopy(model))
     assert (step(compiled, x)[1] - step(plain, x)[1]).norm() == 0
+
+
+def test_keys_and_values_in_other_groups_with_dropout():
+    class Attend(nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=0.5, enable_gqa=True)
+
+    q, k, v = (torch.randn(2, heads, 5, 8, requires_grad=True) for heads in (6, 2, 3))
+    results = []
+    for module in (Attend(), dropit.to_dropit(nn.Sequential(Attend(), nn.Linear(1, 1)), gamma=0.0, compress="int8")[0]):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(module(q, k, v).square().sum(), (q, k, v)))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact)
