@@ -241,23 +241,6 @@ def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
     return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
 
 
-class _Link(Function):
-    """No element of ``x``, but in its graph."""
-
-    @staticmethod
-    def forward(x: Tensor) -> Tensor:  # type: ignore[override]
-        return x.new_empty(0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        without_zeros(ctx)
-        ctx.shape = inputs[0].shape
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:  # type: ignore[override]
-        return None if grad is None else grad.new_zeros(ctx.shape)
-
-
 class _WithZeros(Function):
     """Identity, in the graph of ``link``, to which it gives a gradient of zeros."""
 
@@ -268,10 +251,11 @@ class _WithZeros(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         without_zeros(ctx)
+        ctx.shape = inputs[1].shape
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (None, None) if grad is None else (grad, grad.new_empty(0))
+        return (None, None) if grad is None else (grad, grad.new_zeros(ctx.shape))
 
 
 def link_to(x: Tensor) -> tuple[Tensor] | None:
@@ -279,7 +263,10 @@ def link_to(x: Tensor) -> tuple[Tensor] | None:
 
     In a tuple, which a Function takes as it is: no gradient goes that way but a second one.
     """
-    return (_Link.apply(x),) if x.requires_grad and not is_traced() else None
+    if not x.requires_grad or is_traced():
+        return None
+    # No element of x, but in its graph, by an operator that saves nothing: 4 us.
+    return (torch.constant_pad_nd(x, [0, -x.shape[-1]] if x.dim() else []),)
 
 
 def with_zeros(grad: Tensor, link: tuple[Tensor] | None) -> Tensor:

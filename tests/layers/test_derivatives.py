@@ -175,3 +175,12 @@ def test_many_gradients_at_once(name):
         grads = torch.randn(3, *output.shape)
         results.append(torch.autograd.grad(output, leaf, grads, is_grads_batched=True)[0])
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3)], ids=str)
+def test_a_second_derivative_of_few_elements(shape):
+    x = torch.randn(shape, requires_grad=True)
+    relu = dropit.to_dropit(nn.Sequential(nn.Linear(1, 1), nn.ReLU()))[1]
+    (grad,) = torch.autograd.grad(relu(x * 1).sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(grad.sum(), x)
+    assert torch.equal(again, torch.zeros(shape))
