@@ -135,5 +135,6 @@ def test_nothing_is_hung_on_a_node_past_the_hooks(name):
         seen.add(node)
         pending += [following for following, _ in node.next_functions]
         hung = [leaf for leaf in tree_leaves(getattr(node, "__dict__", {})) if isinstance(leaf, torch.Tensor)]
-        assert not hung, node.name()
+        # But for what has no element, and leads to the input's graph for second derivatives.
+        assert not sum(tensor.untyped_storage().nbytes() for tensor in hung), node.name()
     assert any("DropIT" in node.name() for node in seen)
