@@ -44,7 +44,7 @@ class Scope(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """What tells whether a tensor was changed: its version and, on a CPU, a digest of its elements.
+    """What tells whether a tensor was changed: its version, its form and, on a CPU, a digest of its elements.
 
     The version misses what is changed through ``.data``, NumPy or DLPack, or received in place. The digest finds that,
     for 0.1 ns an element. On a GPU comparing digests would have the host wait for the device, and there is none.

@@ -43,8 +43,7 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether the module's own calls of attention, if it makes any, are not to be quantized: left out, or in eval."""
     if isinstance(module, DropITFunctionalAttention):
         return not module.training
-    found: bool = calls_registered(type(module))
-    return found
+    return calls_registered(type(module))
 
 
 @contextmanager

@@ -325,12 +325,7 @@ def in_format(x: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for devices of that type."""
-    return bool(_has_autocast(device)) and torch.is_autocast_enabled(device)
-
-
-@torch.compiler.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ from contextlib import suppress
 from functools import cache
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from dropit.layers.layer import DropITLayer
@@ -150,7 +149,6 @@ def _entry_like(plain: type[nn.Module]) -> type[DropITLayer] | None:
     return next((CALLERS[name] for name in _names_in_forward(plain) if name in CALLERS), None)
 
 
-@torch.compiler.assume_constant_result
 def calls_registered(plain: type[nn.Module]) -> bool:
     """Whether the class's own forward names a function of CALLERS."""
     return any(name in CALLERS for name in _names_in_forward(plain))
