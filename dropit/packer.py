@@ -162,12 +162,17 @@ class Packer:
         assert self.bits is not None
         return self._quantize(x, self.bits, role)
 
-    def _quantize(self, x: Tensor, bits: int, role: str) -> Packed:
+    def quantize_normalized(self, x: Tensor, statistics: ops.Statistics) -> Packed:
+        """The same of ``x``, dense in memory and narrowed by it, after :func:`dropit.ops.reference.normalize`."""
+        assert self.bits is not None
+        return self._quantize(x, self.bits, "normalized", statistics)
+
+    def _quantize(self, x: Tensor, bits: int, role: str, statistics: ops.Statistics | None = None) -> Packed:
         if not _narrows(x, bits):
             return keep_dense(x)
         with torch.no_grad():
             flat, layout = flatten(x.detach())
-            steps, scales = ops.quantize(flat, bits, self._noise(flat, role))
+            steps, scales = ops.quantize(flat, bits, self._noise(flat, role), statistics)
             return Packed(saved_as_is(steps), None, scales, layout)
 
     def narrows(self, x: Tensor) -> bool:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     QuantizedLayer,
     anchor,
     first_order_only,
@@ -89,7 +89,7 @@ CURVES: dict[str, Curve] = {
 }
 
 
-class DropITActivationFunction(Function):
+class DropITActivationFunction(LayerFunction):
     """y = f(x). The gradient is that at what x, or y where that is what the curve goes by, is restored to."""
 
     @staticmethod

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     LosslessLayer,
     autocast_as,
     each,
@@ -32,7 +32,7 @@ _ADAPTIVE_FORWARD = {2: _aten._adaptive_avg_pool2d, 3: _aten._adaptive_avg_pool3
 _ADAPTIVE_BACKWARD = {2: _aten._adaptive_avg_pool2d_backward, 3: _aten._adaptive_avg_pool3d_backward}
 
 
-class DropITAvgPoolFunction(Function):
+class DropITAvgPoolFunction(LayerFunction):
     """y = the means of windows of x."""
 
     @staticmethod
@@ -55,7 +55,7 @@ class DropITAvgPoolFunction(Function):
         return with_zeros(grad_input, ctx.link), None, None
 
 
-class DropITAdaptiveAvgPoolFunction(Function):
+class DropITAdaptiveAvgPoolFunction(LayerFunction):
     """y = the means of ``sizes`` windows of x."""
 
     @staticmethod

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     PackedInputLayer,
     anchor,
     autocast,
@@ -49,7 +49,7 @@ class Geometry(NamedTuple):
         return cls(stride, each(padding, dimensions), dilation, layer.transposed, extra, layer.groups)
 
 
-class DropITConvFunction(Function):
+class DropITConvFunction(LayerFunction):
     """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of what x is restored to."""
 
     generate_vmap_rule = True

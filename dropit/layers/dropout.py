@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     LosslessLayer,
     none_for_none,
     save_mask,
@@ -18,7 +18,7 @@ from dropit.layers.layer import (
 from dropit.layers.table import register
 
 
-class DropITDropoutFunction(Function):
+class DropITDropoutFunction(LayerFunction):
     """y = x * mask / (1 - p)."""
 
     @staticmethod
@@ -42,10 +42,11 @@ class DropITDropoutFunction(Function):
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         """The gradient through the kept elements."""
-        keep = 1 - ctx.p
-        # The factor as PyTorch rounds it: in the tensor's precision on the CPU, in double on a GPU.
-        scale = 1 / keep if grad_output.is_cuda else grad_output.new_ones(()).div(keep)
-        return grad_output * (saved_mask(ctx) * scale), None
+        mask, keep = saved_mask(ctx), 1 - ctx.p
+        if grad_output.is_cuda:
+            return torch.ops.aten.native_dropout_backward(grad_output, mask, 1 / keep), None
+        # The factor as PyTorch rounds it on the CPU: in the tensor's precision.
+        return grad_output * (mask * grad_output.new_ones(()).div(keep)), None
 
 
 @register

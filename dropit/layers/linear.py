@@ -8,9 +8,9 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     PackedInputLayer,
     anchor,
     autocast,
@@ -24,7 +24,7 @@ from dropit.packer import Packer
 from dropit.tracing import is_mapped
 
 
-class DropITLinearFunction(Function):
+class DropITLinearFunction(LayerFunction):
     """y = x W^T + b. grad_input and grad_bias are exact; grad_weight is that of what x is restored to."""
 
     generate_vmap_rule = True

@@ -7,15 +7,15 @@ With it PyTorch's own backward is called, for a mean of 0 and a deviation of 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     QuantizedLayer,
     anchor,
     first_order_only,
@@ -25,6 +25,8 @@ from dropit.layers.layer import (
     without_zeros,
 )
 from dropit.layers.table import register
+from dropit.ops import Statistics
+from dropit.packed import is_dense_in_memory, memory_order
 from dropit.packer import Packer
 from dropit.stored import Stored, offer
 from dropit.tracing import is_traced
@@ -46,7 +48,7 @@ class Form(NamedTuple):
     saves_bias: bool = False
 
 
-class _NormFunction(Function):
+class _NormFunction(LayerFunction):
     """y = (x - mean) / deviation * weight + bias, computed by the caller. Saves what is stored of the normalized x."""
 
     @staticmethod
@@ -80,10 +82,14 @@ class _NormFunction(Function):
         return weight, bias, anchor, rstd, ctx.restore(*stored)
 
     @staticmethod
-    def gradients(anchor: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The three gradients, not to be differentiated again, and none for the rest."""
-        once = [None if grad is None else first_order_only(grad, anchor) for grad in grads]
-        return *once, *[None] * 8
+    def gradients(ctx: Any, anchor: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Of three gradients those that are wanted, not to be differentiated again, and none for the rest.
+
+        PyTorch's operators on a GPU return some that are not.
+        """
+        pairs = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        once = [first_order_only(grad, anchor) if wanted and grad is not None else None for grad, wanted in pairs]
+        return *once, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 class DropITBatchNormFunction(_NormFunction):
@@ -100,7 +106,7 @@ class DropITBatchNormFunction(_NormFunction):
         grads = _aten.native_batch_norm_backward(
             grad, normalized, scale, None, None, zeros, ones, True, 0.0, ctx.needs_input_grad[:3]
         )
-        return _NormFunction.gradients(anchor, *grads)
+        return _NormFunction.gradients(ctx, anchor, *grads)
 
 
 class DropITLayerNormFunction(_NormFunction):
@@ -115,7 +121,7 @@ class DropITLayerNormFunction(_NormFunction):
         zeros, ones = _mean_and_rstd(rstd, form)
         grads = _aten.native_layer_norm_backward(grad_output, normalized, form.shape, zeros, ones, weight, bias, wanted)
         grad_input = grads[0].mul_(rstd) if wanted[0] else None
-        return _NormFunction.gradients(anchor, grad_input, *grads[1:])
+        return _NormFunction.gradients(ctx, anchor, grad_input, *grads[1:])
 
 
 class DropITGroupNormFunction(_NormFunction):
@@ -132,7 +138,7 @@ class DropITGroupNormFunction(_NormFunction):
         grad, normalized = (in_format(x, form.memory_format) for x in (grad_output, normalized))
         grads = _aten.native_group_norm_backward(grad, normalized, zeros, ones, weight, *sizes, wanted)
         grad_input = grads[0].mul_(_by_channel(rstd, grad_output)) if wanted[0] else None
-        return _NormFunction.gradients(anchor, grad_input, *grads[1:])
+        return _NormFunction.gradients(ctx, anchor, grad_input, *grads[1:])
 
 
 class DropITRMSNormFunction(_NormFunction):
@@ -153,7 +159,7 @@ class DropITRMSNormFunction(_NormFunction):
         if ctx.needs_input_grad[1]:
             rows = list(range(grad.dim() - len(dims)))
             grad_weight = (grad * normalized).sum(dim=rows) if rows else grad * normalized
-        return _NormFunction.gradients(anchor, grad_input, grad_weight, None)
+        return _NormFunction.gradients(ctx, anchor, grad_input, grad_weight, None)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -216,13 +222,15 @@ def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, pac
         return F.batch_norm(input, *buffers, weight, bias, True, momentum, layer.eps)
     with torch.no_grad():
         x = input.detach()
-        output, mean, rstd = torch.native_batch_norm(x, weight, bias, *buffers, True, momentum, layer.eps)
+        # What F.batch_norm calls: it decides between cuDNN and PyTorch's own kernels.
+        computed = torch._batch_norm_impl_index(
+            x, weight, bias, *buffers, True, momentum, layer.eps, torch.backends.cudnn.enabled
+        )
+        output, mean, rstd = computed[:3]
         by_channel = (-1, *[1] * (x.dim() - 2))
-        scale = _wide(rstd)
-        shift = -_wide(mean) * scale
-        normalized = torch.addcmul(shift.view(by_channel), x, scale.view(by_channel))
+        stored = _store(x, _wide(mean), _wide(rstd), by_channel, _in_a_row(x, 1), packer)
     tensors = (input, weight, bias, output, rstd)
-    return _in_graph(DropITBatchNormFunction, tensors, Form(), normalized, packer, by_channel)
+    return _in_graph(DropITBatchNormFunction, tensors, Form(), stored, packer, by_channel)
 
 
 @register
@@ -267,10 +275,9 @@ def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Ten
         output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
         form = Form(tuple(shape), mean.dtype, saves_bias=True)
         if mean.dtype.itemsize < 4:  # in half precision on the CPU it computes with better ones than it returns
-            normalized, _, rstd = torch.native_layer_norm(_wide(x), shape, None, None, layer.eps)
-        else:
-            normalized = (x - mean).mul_(rstd)
-    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, normalized, packer)
+            _, mean, rstd = torch.native_layer_norm(_wide(x), shape, None, None, layer.eps)
+        stored = _store(x.detach(), mean, rstd, mean.shape, _samplewise(x, rstd), packer)
+    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, stored, packer)
 
 
 def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
@@ -296,12 +303,14 @@ class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
             output, mean, rstd = torch.native_group_norm(dense, w, b, *sizes, self.eps)
             form = Form((), mean.dtype, memory_format)
             if mean.dtype.itemsize < 4:
-                normalized, _, rstd = torch.native_group_norm(_wide(dense), None, None, *sizes, self.eps)
-            else:
-                normalized = (dense - _by_channel(mean, dense)).mul_(_by_channel(rstd, dense))
+                _, mean, rstd = torch.native_group_norm(_wide(dense), None, None, *sizes, self.eps)
+            inner = _samplewise(dense, rstd) if self._dropit_packer.narrows(dense) else 0
+            by_group = (mean, rstd) if inner else (_by_channel(mean, dense), _by_channel(rstd, dense))
+            shape = (*by_group[1].shape[:2], *[1] * (x.dim() - 2))
+            stored = _store(dense, *by_group, shape, inner, self._dropit_packer)
         by_channel = (-1, *[1] * (x.dim() - 2))
         tensors = (x, w, b, output, rstd)
-        return _in_graph(DropITGroupNormFunction, tensors, form, normalized, self._dropit_packer, by_channel)
+        return _in_graph(DropITGroupNormFunction, tensors, form, stored, self._dropit_packer, by_channel)
 
 
 @register
@@ -317,13 +326,12 @@ class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
         x, w, _ = _in_float(x, self.weight, None)
         with torch.no_grad():
             output = F.rms_norm(x, self.normalized_shape, w, self.eps)
-            wide = _wide(x)
             dims = list(range(-len(self.normalized_shape), 0))
             eps = _DEFAULT_EPS[x.dtype] if self.eps is None else self.eps
-            rstd = (wide.square().mean(dim=dims, keepdim=True) + eps).rsqrt()
-            normalized = wide * rstd
+            rstd = (_wide(x).square().mean(dim=dims, keepdim=True) + eps).rsqrt()
+            stored = _store(x.detach(), None, rstd, rstd.shape, _samplewise(x, rstd), self._dropit_packer)
         form = Form(tuple(self.normalized_shape), saves_weight=x.requires_grad)
-        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, normalized, self._dropit_packer)
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, stored, self._dropit_packer)
 
 
 def _default_eps(dtype: torch.dtype) -> float:
@@ -341,7 +349,7 @@ def _in_graph(
     function: type[_NormFunction],
     tensors: tuple[Any, ...],
     form: Form,
-    normalized: Tensor,
+    stored: Stored,
     packer: Packer,
     by_channel: tuple[int, ...] | None = None,
 ) -> Tensor:
@@ -349,7 +357,6 @@ def _in_graph(
 
     ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
-    stored = _store(normalized, tensors[0], packer)
     output = function.apply(*tensors, form, anchor(tensors[0]), stored.restore, *stored.tensors)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
@@ -358,12 +365,32 @@ def _in_graph(
     return offer(output, packer.offer(stored.then(_scaled, *affine)))
 
 
-def _store(normalized: Tensor, input: Tensor, packer: Packer) -> Stored:
-    """What comes back in the dtype of ``input``, stored from ``normalized``, which may be in a wider one."""
-    if not packer.narrows(input):
-        return Stored.of(packer.quantize(normalized.to(input.dtype), "normalized"))
+def _store(x: Tensor, mean: Tensor | None, rstd: Tensor, shape: Sequence[int], inner: int, packer: Packer) -> Stored:
+    """What gives (x - mean) / deviation, in the dtype of ``x``; the statistics, which may be wider, in ``shape``.
+
+    ``inner``: of how many elements in a row each is, in memory; 0 where they are not in a row.
+    """
+    if inner and packer.narrows(x):
+        return Stored.of(packer.quantize_normalized(x, Statistics(mean, rstd, inner)))
+    centered = x if mean is None else x - mean.view(shape)
+    normalized = centered * rstd.view(shape)
+    if not packer.narrows(x):
+        return Stored.of(packer.quantize(normalized.to(x.dtype), "normalized"))
     packed = packer.quantize(normalized, "normalized")
-    return Stored.of(packed._replace(layout=packed.layout._replace(dtype=input.dtype)))
+    return Stored.of(packed._replace(layout=packed.layout._replace(dtype=x.dtype)))
+
+
+def _in_a_row(x: Tensor, dim: int) -> int:
+    """How many elements that follow each other in memory have the same place in ``dim``; 0 where ``x`` has gaps."""
+    if not is_dense_in_memory(x):
+        return 0
+    order = memory_order(x)
+    return math.prod(x.shape[inner] for inner in order[order.index(dim) + 1 :])
+
+
+def _samplewise(x: Tensor, statistic: Tensor) -> int:
+    """How many elements each is of, sample by sample; 0 where they do not follow each other in memory."""
+    return x.numel() // max(statistic.numel(), 1) if x.is_contiguous() else 0
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit import ops
 from dropit.layers.layer import (
+    LayerFunction,
     LosslessLayer,
     autocast_as,
     each,
@@ -43,7 +43,7 @@ class Windows(NamedTuple):
     ceil_mode: bool
 
 
-class DropITMaxPoolFunction(Function):
+class DropITMaxPoolFunction(LayerFunction):
     """The largest of each window. Saves its offset in the window, in the fewest of 1, 2, 4 or 8 bits that hold it."""
 
     @staticmethod

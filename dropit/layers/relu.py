@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from dropit.layers.layer import (
+    LayerFunction,
     LosslessLayer,
     link_to,
     none_for_none,
@@ -28,7 +28,7 @@ from dropit.stored import offer, offered
 _aten = torch.ops.aten
 
 
-class DropITReLUFunction(Function):
+class DropITReLUFunction(LayerFunction):
     """y = x between ``lower`` and ``upper``; outside, a constant, or slope * x. Saves a bit per element, not y."""
 
     generate_vmap_rule = True

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from dropit import ops
 from dropit.layers.layer import (
+    LayerFunction,
     anchor,
     autocast,
     first_order_only,
@@ -48,7 +48,7 @@ class Form(NamedTuple):
         )
 
 
-class DropITScaledDotProductFunction(Function):
+class DropITScaledDotProductFunction(LayerFunction):
     """y = attention(q, k, v)."""
 
     @staticmethod
@@ -81,7 +81,7 @@ class DropITScaledDotProductFunction(Function):
         return *(first_order_only(grad, anchor) for grad in grads), *[None] * 16
 
 
-class DropITAttentionFunction(Function):
+class DropITAttentionFunction(LayerFunction):
     """y = attention(q, k, v) W^T + b, with the heads side by side."""
 
     @staticmethod

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dropit.ops import reference
 from dropit.ops.reference import (
+    Statistics,
     largest_mask,
     magnitude,
     pack,
@@ -27,6 +28,7 @@ from dropit.packed import Layout, Packed
 from dropit.tracing import is_traced
 
 __all__ = [
+    "Statistics",
     "dequantize",
     "keep_marked",
     "largest_mask",
@@ -48,9 +50,13 @@ _HAS_NUMPY = importlib.util.find_spec("numpy") is not None
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
+def _has_kernels(x: Tensor) -> bool:
+    return x.is_cuda and _HAS_TRITON and (torch.compiler.is_compiling() or not is_traced())
+
+
 def _best(x: Tensor) -> Any:
     """The module whose functions are the fastest for ``x``."""
-    if x.is_cuda and _HAS_TRITON and (torch.compiler.is_compiling() or not is_traced()):
+    if _has_kernels(x):
         from dropit.ops import triton
 
         return triton
@@ -83,9 +89,18 @@ def unpack(packed: Packed) -> Tensor:
     return _best(packed.values).unpack(packed)  # type: ignore[no-any-return]
 
 
-def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Each group of 32 elements as 8- or 4-bit steps, and its scale: :func:`dropit.ops.reference.quantize`."""
-    return _best(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
+def quantize(
+    x: Tensor, bits: int = 8, noise: Tensor | None = None, statistics: Statistics | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each group of 32 elements as 8- or 4-bit steps, and its scale: :func:`dropit.ops.reference.quantize`.
+
+    With ``statistics``: of ``x`` (n,) after :func:`dropit.ops.reference.normalize`.
+    """
+    if statistics is None:
+        return _best(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
+    if _has_kernels(x) and x.numel() < 2**31:
+        return _best(x).quantize(x, bits, noise, statistics)  # type: ignore[no-any-return]
+    return quantize(reference.normalize(x, statistics), bits, noise)
 
 
 def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:

@@ -6,6 +6,7 @@ Times are ns per element of a float32 tensor of 4 M elements, torch 2.15 on two 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -244,6 +245,22 @@ def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Ten
     if bits != 4:
         return codes.view(x.shape), scales
     return pack_small((codes + 8).view(torch.uint8), 16), scales
+
+
+class Statistics(NamedTuple):
+    """What ``x`` (n,) is normalized by: element i by those at place ``i // inner % len(rstd)``."""
+
+    mean: Tensor | None
+    rstd: Tensor  # 1 / deviation
+    inner: int
+
+
+def normalize(x: Tensor, statistics: Statistics) -> Tensor:
+    """(x - mean) / deviation, computed in the wider of both dtypes."""
+    mean, rstd, inner = statistics
+    rows = x.view(-1, rstd.numel(), inner)
+    centered = rows if mean is None else rows - mean.reshape(-1, 1)
+    return (centered * rstd.reshape(-1, 1)).view(-1)
 
 
 def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:

@@ -6,10 +6,8 @@ import argparse
 import sys
 import time
 
-import torch
-
 from tests.fuzz.oracle import judge
-from tests.fuzz.search import CHUNK, failures
+from tests.fuzz.search import CHUNK, failures, set_up
 from tests.fuzz.training import random_case
 
 
@@ -20,11 +18,12 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=2000, help="how many seeds")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--show", type=int, metavar="SEED", help="print the case of a seed, and judge it")
+    parser.add_argument("--device", default="cpu", help="where the networks are trained (default: cpu)")
     given = parser.parse_args()
     if given.show is not None:
-        return show(given.show)
+        return show(given.show, given.device)
     start, done, failed = time.monotonic(), 0, 0
-    for found in failures(range(given.first, given.first + given.count), given.processes):
+    for found in failures(range(given.first, given.first + given.count), given.processes, given.device):
         done, failed = min(done + CHUNK, given.count), failed + len({failure.seed for failure in found})
         for failure in found:
             print(failure, flush=True)
@@ -33,11 +32,11 @@ def main() -> int:
     return int(failed > 0)
 
 
-def show(seed: int) -> int:
+def show(seed: int, device: str) -> int:
     """Print the case of a seed and its failures. Returns 1 if there are any."""
-    torch.set_num_threads(1)
-    found = judge(seed)
-    print(random_case(seed), *found, sep="\n")
+    set_up()
+    found = judge(seed, device)
+    print(random_case(seed, device), *found, sep="\n")
     return int(bool(found))
 
 

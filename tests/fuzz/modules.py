@@ -31,9 +31,9 @@ class SelfAttention(nn.Module):
         length = x.shape[1 if self.attention.batch_first else 0]
         mask = None
         if self.masked:
-            mask = torch.ones(length, length, dtype=torch.bool).triu(1)
+            mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         if self.masked == "float":
-            mask = torch.zeros(length, length, dtype=x.dtype).masked_fill(mask, -2.0)
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(mask, -2.0)
         causal = self.masked == "causal"
         return self.attention(x, x, x, need_weights=self.need_weights, attn_mask=mask, is_causal=causal)[0]
 
@@ -156,7 +156,10 @@ def convolution(rng: Random, x: Tensor) -> nn.Module:
         return nn.ConvTranspose2d(channels, outside, kernel, stride=rng.choice([1, 2]), **options)
     options["padding"] = rng.choice([0, 1, 1, "same"])
     if options["padding"] != "same":
-        options |= {"stride": rng.choice([1, 1, 2]), "dilation": rng.choice([1, 1, 2])}
+        stride, dilation = rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
+        if kernel == 1:
+            dilation = 1  # with a stride of 2 PyTorch's own writes beyond its memory, channels last on a CPU (2.14)
+        options |= {"stride": stride, "dilation": dilation}
     if rng.random() < 0.15:
         options["padding_mode"] = rng.choice(["reflect", "replicate", "circular"])
     kind = nn.Conv2d if x.dim() == 4 else nn.Conv1d
@@ -246,7 +249,7 @@ class Checkpointed(nn.Module):
 class Within(nn.Module):
     """A part that runs within a context."""
 
-    def __init__(self, part: nn.Module, context: Callable[[], Any]) -> None:
+    def __init__(self, part: nn.Module, context: Callable[[str], Any]) -> None:
         super().__init__()
         self.part, self.context = part, context
 
@@ -254,12 +257,16 @@ class Within(nn.Module):
         return self.context.__name__.lstrip("_")
 
     def forward(self, x: Tensor) -> Tensor:
-        with self.context():
+        with self.context(x.device.type):
             return self.part(x)
 
 
-def _autocast() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)
+def _autocast(device: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16)
+
+
+def _no_grad(device: str) -> torch.no_grad:
+    return torch.no_grad()
 
 
 def _checkpointed(rng: Random, part: nn.Module) -> nn.Module:
@@ -277,7 +284,7 @@ def _evaluated(rng: Random, part: nn.Module) -> nn.Module:
 SEGMENTS: dict[str, Callable[[Random, nn.Module], nn.Module]] = {
     "checkpointed": _checkpointed,
     "checkpointed again": _checkpointed,
-    "without gradients": lambda rng, part: Within(part, torch.no_grad),
+    "without gradients": lambda rng, part: Within(part, _no_grad),
     "in autocast": lambda rng, part: Within(part, _autocast),
     "frozen": _frozen,
     "evaluated": _evaluated,

@@ -40,11 +40,11 @@ class Failure:
         return f"seed {self.seed}, {self.mode}: {self.reason}"
 
 
-def judge(seed: int) -> list[Failure]:
+def judge(seed: int, device: str = "cpu") -> list[Failure]:
     """Train the case of ``seed`` in all ways, and say what differs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        case = random_case(seed)
+        case = random_case(seed, device)
         if case.plan.outer and train(_without_outer_hooks(case)).error:
             return []  # such hooks keep a change from being noticed, and what plain then computes is no measure
         plain = _Plain(case)
@@ -116,7 +116,7 @@ def _hides_a_write(plain: _Plain) -> bool:
     """
     case = plain.case
     plan = replace(case.plan, outer="", change="", change_again="", steps=1)
-    return not plain.record.error and bool(train(_without_checkpoints(Case(plan, case.network, case.inputs))).error)
+    return not plain.record.error and bool(train(_without_checkpoints(replace(case, plan=plan))).error)
 
 
 def _dropped(plain: _Plain) -> str:
@@ -203,7 +203,7 @@ def _converted(case: Case, **options: object) -> Case:
 
 def _without_outer_hooks(case: Case) -> Case:
     case = copy.deepcopy(case)
-    return Case(replace(case.plan, outer=""), case.network, case.inputs)
+    return replace(case, plan=replace(case.plan, outer=""))
 
 
 def _with_contiguous_batch_norm(case: Case) -> Case:
@@ -225,7 +225,7 @@ def _copied_alike(x: Tensor) -> Tensor:
     x = x.detach()
     if 0 in x.stride() or x.numel() == 0:
         return x.clone()
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _with_copied_gradient(output: Tensor) -> Tensor:
@@ -245,7 +245,9 @@ def _train_in_double(case: Case) -> Record:
     """Plain training in float64, on copies."""
     case = copy.deepcopy(case)
     inputs = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in case.inputs]
-    return _train_on_copies(Case(replace(case.plan, autocast=False), case.network.double(), inputs))
+    return _train_on_copies(
+        replace(case, plan=replace(case.plan, autocast=False), network=case.network.double(), inputs=inputs)
+    )
 
 
 def _without_checkpoints(case: Case) -> Case:
@@ -266,7 +268,7 @@ def _train_perturbed(case: Case, size: float, number: int, checkpoints: bool) ->
             return _copied_alike(tensor)
         exact = (tensor == 0) | ~tensor.isfinite()  # not by rounding
         largest = tensor.masked_fill(exact, 0).abs().max()
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
         return _copied_alike(tensor).add_(noise.masked_fill_(exact, 0) * largest, alpha=size)
 
     with torch.no_grad():

@@ -54,6 +54,7 @@ class Case:
     plan: Plan
     network: Network
     inputs: list[Tensor]
+    device: str = "cpu"
 
     def __str__(self) -> str:
         forms = (f"{x.dtype} {tuple(x.shape)} strides {x.stride()}" for x in self.inputs)
@@ -84,8 +85,8 @@ def random_plan(rng: Random, seed: int, dtype: torch.dtype) -> Plan:
     )
 
 
-def random_case(seed: int) -> Case:
-    """The case of a seed."""
+def random_case(seed: int, device: str = "cpu") -> Case:
+    """The case of a seed; on any device the same but for the random numbers that are drawn there."""
     rng = Random(seed)
     torch.default_generator.manual_seed(seed)
     dtype = rng.choices([torch.float32, torch.float64, torch.bfloat16], [84, 8, 8])[0]
@@ -94,8 +95,8 @@ def random_case(seed: int) -> Case:
     second = first if plan.same_input else torch.empty_like(first).copy_(first.flip(0))
     wanted = first.is_floating_point() and rng.random() < 0.6
     network = random_network(rng, first, writable=not wanted and rng.random() < 0.3, autocast=plan.autocast)
-    inputs = [first] if second is first else [first, second]
-    return Case(plan, network, [x.requires_grad_(wanted) for x in inputs])
+    inputs = [first.to(device)] if second is first else [first.to(device), second.to(device)]
+    return Case(plan, network.to(device), [x.requires_grad_(wanted) for x in inputs], device)
 
 
 def _random_input(rng: Random, dtype: torch.dtype) -> Tensor:
@@ -115,7 +116,7 @@ def _random_input(rng: Random, dtype: torch.dtype) -> Tensor:
 def train(case: Case) -> Record:
     """Do what the plan says with the network and the inputs of ``case``."""
     record = Record()
-    torch.default_generator.manual_seed(case.plan.seed)
+    torch.manual_seed(case.plan.seed)
     noise = torch.Generator().manual_seed(case.plan.seed)
     try:
         for number in range(case.plan.steps):
@@ -127,7 +128,7 @@ def train(case: Case) -> Record:
         record.error = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     named = [*case.network.named_parameters(), *case.network.named_buffers(), *_named_inputs(case)]
     record.state = {name: tensor.detach().clone() for name, tensor in named}
-    record.random_state = torch.get_rng_state()
+    record.random_state = torch.get_rng_state() if case.device == "cpu" else torch.cuda.get_rng_state()
     return record
 
 
@@ -136,7 +137,7 @@ def _surroundings(case: Case) -> Iterator[None]:
     """What is around the forward passes."""
     with ExitStack() as stack:
         if case.plan.autocast:
-            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            stack.enter_context(torch.autocast(case.device, torch.bfloat16))
         if case.plan.outer == "meter":
             stack.enter_context(dropit.CacheMeter(case.network))
         if case.plan.outer == "cpu":
@@ -156,7 +157,7 @@ def _step(case: Case, record: Record, noise: torch.Generator, number: int) -> No
             y.retain_grad()
     if not targets:
         return
-    grads = [_laid_out(plan.layout, torch.randn(y.shape, generator=noise).to(y.dtype)) for y in targets]
+    grads = [_laid_out(plan.layout, _noise_like(y, noise)) for y in targets]
     _change(plan.change, case, outputs, noise)
     _backward(case, record, targets, grads, noise)
     if plan.retain_grad:
@@ -203,23 +204,22 @@ def _change(kind: str, case: Case, outputs: list[Tensor], noise: torch.Generator
     }[kind]
     with torch.no_grad():
         for tensor in targets:
-            tensor.add_(torch.randn(tensor.shape, generator=noise).to(tensor.dtype), alpha=0.2)
+            tensor.add_(_noise_like(tensor, noise), alpha=0.2)
 
 
 def _between_steps(case: Case, noise: torch.Generator) -> None:
     for x in case.inputs:
         if case.plan.refill and x.is_floating_point():
-            fresh = torch.randn(x.shape, generator=noise).to(x.dtype)
-            _refill(case.plan.refill, x, fresh)
+            _refill(case.plan.refill, x, _noise_like(x, noise))
     if not case.plan.accumulate:
         case.network.zero_grad()
     for parameter in case.network.parameters():
         if parameter.requires_grad:
-            _update(case.plan.update, parameter, torch.randn(parameter.shape, generator=noise).to(parameter.dtype))
+            _update(case.plan.update, parameter, _noise_like(parameter, noise))
 
 
 def _refill(how: str, x: Tensor, fresh: Tensor) -> None:
-    if how == "numpy" and x.dtype is not torch.bfloat16:
+    if how == "numpy" and x.dtype is not torch.bfloat16 and x.device.type == "cpu":
         x.detach().numpy()[...] = fresh.numpy()  # autograd does not see it
     else:
         with torch.no_grad():
@@ -237,6 +237,10 @@ def _update(how: str, parameter: nn.Parameter, direction: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, direction
         torch.optim.SGD([parameter], lr=0.1).step()
         parameter.grad = gradient
+
+
+def _noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator).to(x)
 
 
 def _laid_out(layout: str, grad: Tensor) -> Tensor:

@@ -83,6 +83,21 @@ def test_quantization(dtype, n, bits, noisy):
     assert torch.equal(dense, reference.dequantize(steps, scales, dtype, n))
 
 
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("sections", "inner"), [(7, 64), (3, 32), (5, 49), (6, 1), (1, 100)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_quantization_of_what_is_normalized(dtype, sections, inner, bits, centered):
+    x = torch.randn(2 * sections * inner).to(dtype).to(DEVICE)
+    wide = torch.promote_types(dtype, torch.float32)
+    mean, rstd = torch.randn(sections, 1).to(wide).to(DEVICE), torch.rand(sections, 1).to(wide).to(DEVICE)
+    statistics = ops.Statistics(mean if centered else None, rstd, inner)
+    steps, scales = triton.quantize(x, bits, None, statistics)
+    expected_steps, expected_scales = reference.quantize(reference.normalize(x, statistics), bits)
+    assert torch.equal(scales, expected_scales)
+    assert torch.equal(steps, expected_steps)
+
+
 @pytest.mark.filterwarnings("ignore:overflow")  # NumPy's, in the interpreter
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
