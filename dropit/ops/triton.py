@@ -22,13 +22,8 @@ from dropit.packed import OFFSET_BLOCK, SCALE_GROUP, Layout, Packed, bits_nbytes
 
 _BLOCK = tl.constexpr(OFFSET_BLOCK)
 _GROUP = tl.constexpr(SCALE_GROUP)
-# Rows of 256 elements, or of 32, that one program works on: few configurations, as each is compiled and timed.
-_CONFIGS = [triton.Config({"ROWS": rows}, num_warps=warps) for rows, warps in ((4, 4), (8, 4), (16, 8))]
-if triton.knobs.runtime.interpret:
-    del _CONFIGS[1:]  # there is nothing to time
 
 
-@triton.autotune(_CONFIGS, key=["BITS"])
 @triton.jit
 def _pack_blocks(
     source, values, positions, n, k, rest_k, nbytes, BITS: tl.constexpr, IN_BITS: tl.constexpr, ROWS: tl.constexpr
@@ -62,7 +57,6 @@ def _pack_blocks(
         tl.store(positions + place, tl.broadcast_to(columns[None, :], (ROWS, _BLOCK)).to(tl.uint8), mask=kept)
 
 
-@triton.autotune(_CONFIGS, key=["IN_BITS"])
 @triton.jit
 def _unpack_blocks(
     values, positions, starts, dense, n, k, COUNTED: tl.constexpr, IN_BITS: tl.constexpr, ROWS: tl.constexpr
@@ -101,7 +95,6 @@ def _to_bfloat16(x):
     return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
-@triton.autotune(_CONFIGS, key=["BITS", "NORMALIZED"])
 @triton.jit
 def _quantize_groups(
     source,
@@ -168,7 +161,6 @@ def _quantize_groups(
         tl.store(steps + byte, tl.sum(pairs << shifts, axis=2).to(tl.uint8), mask=byte < (n + 1) // 2)
 
 
-@triton.autotune(_CONFIGS, key=["BITS"])
 @triton.jit
 def _dequantize_groups(steps, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """Steps times scales, no larger than LIMIT; NaN for the lowest step."""
@@ -192,7 +184,6 @@ def _dequantize_groups(steps, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.co
     tl.store(dense + at, rounded, mask=at < n)
 
 
-@triton.autotune(_CONFIGS, key=["BOUNDED"])
 @triton.jit
 def _mark_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.constexpr, ROWS: tl.constexpr):
     """Bits of which elements are neither at or below ``lower`` nor, where BOUNDED, at or above ``upper``."""
@@ -208,7 +199,6 @@ def _mark_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.constexpr, R
     tl.store(bits + byte, tl.sum(weights, axis=2).to(tl.uint8), mask=byte < nbytes)
 
 
-@triton.autotune(_CONFIGS, key=[])
 @triton.jit
 def _keep_blocks(source, bits, kept, n, ROWS: tl.constexpr):
     """The elements that are marked, zeros elsewhere."""
@@ -244,19 +234,26 @@ def _operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-def _launch(kernel: Any, x: Tensor, rows: int, *arguments: Any, **constants: Any) -> None:
-    """Run ``kernel``, a program for each few of so many rows, on the device of ``x``."""
+# How many rows, of 256 elements or of 32, one program works on, and in how many warps: the fastest, or nearly, of those
+# tried on an H100 (benchmarks/NOTES.md). Tuning at run time would cost each launch 20 us, and may choose otherwise on
+# another rank.
+_PACK = {2: (8, 2), 4: (4, 2), 8: (2, 2)}  # by the size of an element
+_UNPACK, _GROUPS, _MARK, _KEEP = (8, 8), (32, 1), (8, 4), (8, 2)
 
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        return (triton.cdiv(rows, meta["ROWS"]),)
 
+def _launch(kernel: Any, size: tuple[int, int], x: Tensor, rows: int, *arguments: Any, **constants: Any) -> None:
+    """Run ``kernel`` on the device of ``x``, a program of ``size`` for each few of so many rows."""
+    each, warps = size
+    grid = (-(-rows // each),)
+    if rows == 0:
+        return
     if not _is_plain(x):
-        wrap_triton(kernel)[grid](*arguments, **constants)
+        wrap_triton(kernel)[grid](*arguments, ROWS=each, num_warps=warps, **constants)
     elif x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            kernel[grid](*arguments, **constants)
+            kernel[grid](*arguments, ROWS=each, num_warps=warps, **constants)
     else:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](*arguments, ROWS=each, num_warps=warps, **constants)
 
 
 @_operator("pack_blocks")
@@ -270,6 +267,7 @@ def _pack_blocks_op(flat: Tensor, k: int, rest_k: int, in_bits: bool) -> tuple[T
     rows = -(-n // OFFSET_BLOCK)
     _launch(
         _pack_blocks,
+        _PACK[flat.element_size()],
         flat,
         rows,
         integers,
@@ -292,7 +290,9 @@ def _unpack_blocks_op(
     """(n,) with the values in their places. ``starts``: of each block's values, or how many there are in all."""
     dense = torch.empty(n, dtype=values.dtype, device=values.device)
     rows = -(-n // OFFSET_BLOCK)
-    _launch(_unpack_blocks, values, rows, values, positions, starts, dense, n, k, COUNTED=counted, IN_BITS=in_bits)
+    _launch(
+        _unpack_blocks, _UNPACK, values, rows, values, positions, starts, dense, n, k, COUNTED=counted, IN_BITS=in_bits
+    )
     return dense
 
 
@@ -309,6 +309,7 @@ def _quantize_op(
     scales = torch.empty(-(-n // SCALE_GROUP), dtype=scale_type, device=flat.device)
     _launch(
         _quantize_groups,
+        _GROUPS,
         flat,
         len(scales),
         flat,
@@ -335,7 +336,18 @@ def _dequantize_op(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
     """(n,) of ``dtype``."""
     dense = torch.empty(n, dtype=dtype, device=steps.device)
     bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[steps.dtype]
-    _launch(_dequantize_groups, steps, len(scales), steps, scales, dense, n, LIMIT=torch.finfo(dtype).max, BITS=bits)
+    _launch(
+        _dequantize_groups,
+        _GROUPS,
+        steps,
+        len(scales),
+        steps,
+        scales,
+        dense,
+        n,
+        LIMIT=torch.finfo(dtype).max,
+        BITS=bits,
+    )
     return dense
 
 
@@ -345,7 +357,7 @@ def _mark_op(flat: Tensor, lower: float, upper: float) -> Tensor:
     n = flat.numel()
     bits = torch.empty(bits_nbytes(n), dtype=torch.uint8, device=flat.device)
     rows = -(-n // OFFSET_BLOCK)
-    _launch(_mark_blocks, flat, rows, flat, bits, n, len(bits), lower, upper, BOUNDED=upper < math.inf)
+    _launch(_mark_blocks, _MARK, flat, rows, flat, bits, n, len(bits), lower, upper, BOUNDED=upper < math.inf)
     return bits
 
 
@@ -353,7 +365,7 @@ def _mark_op(flat: Tensor, lower: float, upper: float) -> Tensor:
 def _keep_op(flat: Tensor, bits: Tensor) -> Tensor:
     """(n,) of the dtype of ``flat``."""
     kept = torch.empty_like(flat)
-    _launch(_keep_blocks, flat, -(-flat.numel() // OFFSET_BLOCK), flat, bits, kept, flat.numel())
+    _launch(_keep_blocks, _KEEP, flat, -(-flat.numel() // OFFSET_BLOCK), flat, bits, kept, flat.numel())
     return kept
 
 
