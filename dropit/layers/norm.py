@@ -385,7 +385,10 @@ def _in_a_row(x: Tensor, dim: int) -> int:
     if not is_dense_in_memory(x):
         return 0
     order = memory_order(x)
-    return math.prod(x.shape[inner] for inner in order[order.index(dim) + 1 :])
+    count = 1
+    for inner in order[order.index(dim) + 1 :]:  # a compiler does not follow math.prod of these
+        count *= x.shape[inner]
+    return count
 
 
 def _samplewise(x: Tensor, statistic: Tensor) -> int:

@@ -158,7 +158,7 @@ def convolution(rng: Random, x: Tensor) -> nn.Module:
     if options["padding"] != "same":
         stride, dilation = rng.choice([1, 1, 2]), rng.choice([1, 1, 2])
         if kernel == 1:
-            dilation = 1  # with a stride of 2 PyTorch's own writes beyond its memory, channels last on a CPU (2.14)
+            stride = dilation = 1  # PyTorch's own writes beyond its memory, channels last on a CPU (2.14)
         options |= {"stride": stride, "dilation": dilation}
     if rng.random() < 0.15:
         options["padding_mode"] = rng.choice(["reflect", "replicate", "circular"])
