@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import dropit
 from tests.fuzz.modules import Checkpointed, Within
-from tests.fuzz.training import Case, Record, random_case, train
+from tests.fuzz.training import Case, Record, noise_like, random_case, train
 
 BATCH_NORM = nn.modules.batchnorm._BatchNorm
 ROUNDING = 1e-5  # of other kernels on copies; of sums in another order
@@ -268,7 +268,7 @@ def _train_perturbed(case: Case, size: float, number: int, checkpoints: bool) ->
             return _copied_alike(tensor)
         exact = (tensor == 0) | ~tensor.isfinite()  # not by rounding
         largest = tensor.masked_fill(exact, 0).abs().max()
-        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        noise = noise_like(tensor, generator)
         return _copied_alike(tensor).add_(noise.masked_fill_(exact, 0) * largest, alpha=size)
 
     with torch.no_grad():

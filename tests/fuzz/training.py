@@ -157,7 +157,7 @@ def _step(case: Case, record: Record, noise: torch.Generator, number: int) -> No
             y.retain_grad()
     if not targets:
         return
-    grads = [_laid_out(plan.layout, _noise_like(y, noise)) for y in targets]
+    grads = [_laid_out(plan.layout, noise_like(y, noise)) for y in targets]
     _change(plan.change, case, outputs, noise)
     _backward(case, record, targets, grads, noise)
     if plan.retain_grad:
@@ -204,18 +204,18 @@ def _change(kind: str, case: Case, outputs: list[Tensor], noise: torch.Generator
     }[kind]
     with torch.no_grad():
         for tensor in targets:
-            tensor.add_(_noise_like(tensor, noise), alpha=0.2)
+            tensor.add_(noise_like(tensor, noise), alpha=0.2)
 
 
 def _between_steps(case: Case, noise: torch.Generator) -> None:
     for x in case.inputs:
         if case.plan.refill and x.is_floating_point():
-            _refill(case.plan.refill, x, _noise_like(x, noise))
+            _refill(case.plan.refill, x, noise_like(x, noise))
     if not case.plan.accumulate:
         case.network.zero_grad()
     for parameter in case.network.parameters():
         if parameter.requires_grad:
-            _update(case.plan.update, parameter, _noise_like(parameter, noise))
+            _update(case.plan.update, parameter, noise_like(parameter, noise))
 
 
 def _refill(how: str, x: Tensor, fresh: Tensor) -> None:
@@ -239,7 +239,8 @@ def _update(how: str, parameter: nn.Parameter, direction: Tensor) -> None:
         parameter.grad = gradient
 
 
-def _noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random numbers, the same on any device, of the form of ``x``."""
     return torch.randn(x.shape, generator=generator).to(x)
 
 
