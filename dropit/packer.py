@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropit import ops
 from dropit.packed import Packed, flatten, keep_dense
-from dropit.snapshot import Snapshot, graph_task
+from dropit.snapshot import Snapshot, graph_task, place
 from dropit.stored import Offered, Stored, offered
 from dropit.strategies import Draws, Strategy
 from dropit.tracing import is_mapped, is_traced, saved_as_is
@@ -39,6 +39,37 @@ class _Shared:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Shared, ()
+
+
+_CALLS = 64  # remembered
+
+
+class _Calls:
+    """Of the latest calls of a layer in forward passes, by the input that was read: what was offered for it, in bits.
+
+    Activation checkpointing runs a forward pass again within the backward pass, where what was offered for the inputs
+    of a checkpointed region is not known, nor always their tensors; their storages are the same, unless they have been
+    moved (``save_on_cpu``). What is made within a region has a new storage and is offered anew.
+    """
+
+    def __init__(self) -> None:
+        self.offered: dict[Any, int | None] = {}
+
+    def note(self, source: Tensor, bits: int | None) -> None:
+        """Remember what was offered for ``source``."""
+        key = place(source)
+        self.offered.pop(key, None)  # the latest comes last
+        self.offered[key] = bits
+        if len(self.offered) > _CALLS:
+            del self.offered[next(iter(self.offered))]
+
+    def recall(self, source: Tensor) -> int | None:
+        """What was offered for ``source``; for one never seen, what was offered in all calls alike."""
+        known = set(self.offered.values())
+        return self.offered.get(place(source), known.pop() if len(known) == 1 else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Calls, ()
 
 
 class Packer:
@@ -75,12 +106,12 @@ class Packer:
         self._layer = ""
         self._drawn: dict[str, int] = {}  # how often, by role
         self._skipped = 0  # forward passes without gradients
-        self._offered: dict[str, int | None] = {}  # bits of what was offered for the last input, by role
+        self._calls: dict[str, _Calls] = {}  # by role
 
     def for_layer(self, fqn: str) -> Packer:
         """A packer like this one for the layer of that name."""
         other = copy.copy(self)
-        other._layer, other._drawn, other._skipped, other._offered = fqn, {}, 0, {}
+        other._layer, other._drawn, other._skipped, other._calls = fqn, {}, 0, {}
         return other
 
     @property
@@ -119,10 +150,11 @@ class Packer:
         if is_traced():
             return None
         known = offered(source)
+        calls = self._calls.setdefault(role, _Calls())
         if graph_task() == -1:
-            self._offered[role] = None if known is None else known.bits
+            calls.note(source, None if known is None else known.bits)
         elif known is None:
-            bits = self._offered.get(role)
+            bits = calls.recall(source)
             return None if bits is None else Offered(None, bits)
         return known
 

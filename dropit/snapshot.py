@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _ROW = 256  # elements that a digest has one number for
 
@@ -65,6 +67,16 @@ class Snapshot(NamedTuple):
         if self.version != x._version or self.form != (x.shape, x.stride()):
             return False
         return self.digest is None or _same(self.digest, _digest(x))
+
+
+def place(x: Tensor) -> tuple[Any, ...] | None:
+    """Which elements of which storage ``x`` consists of: equal for a tensor and what is detached from it.
+
+    The storage is not kept alive, but counts as another than any that is made later. None for a tensor without one.
+    """
+    if x.layout is not torch.strided or is_traceable_wrapper_subclass(x):
+        return None
+    return StorageWeakRef(x.untyped_storage()), x.storage_offset(), x.shape, x.stride()
 
 
 def graph_task() -> int:

@@ -1,5 +1,6 @@
 """What the fuzzer found, each in a few lines. Plain PyTorch is the measure of all."""
 
+import contextlib
 import copy
 import itertools
 
@@ -174,3 +175,39 @@ def test_strides_of_an_activation_of_one_channels_last_sample_are_those_of_plain
     plain, ours = pair(nn.Sequential(activation, nn.Conv2d(4, 4, 1)), **INT16)
     x = torch.randn(1, 4, 5, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     assert ours[0](x).stride() == plain[0](x).stride()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("hooked", [False, True], ids=["", "in a meter"])
+def test_a_layer_read_twice_in_a_checkpoint_stores_each_input_as_in_the_first_run(use_reentrant, hooked):
+    model = nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32))
+    dropit.to_dropit(model, compress="int8")
+    x = torch.randn(64, 32)
+
+    def twice(x):
+        return model[0](model(x))  # what nothing is offered for, then what the normalization offers
+
+    def gradients(run):
+        inputs = [x.clone().requires_grad_(), *model.parameters()]
+        for each in inputs:
+            each.grad = None
+        with dropit.CacheMeter(model) if hooked else contextlib.nullcontext():
+            y = run(inputs[0])
+        y.square().sum().backward()
+        return [each.grad for each in inputs]
+
+    got = gradients(lambda leaf: checkpoint(twice, leaf, use_reentrant=use_reentrant, preserve_rng_state=False))
+    for ours, expected in zip(got, gradients(twice), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_autocast_casts_the_input_of_an_even_kernel_once_for_two_calls():
+    plain, ours = pair(nn.Conv2d(2, 2, 2, padding="same"), **LOSSLESS)
+    grads = torch.randn(2, 3, 2, 5, 5).bfloat16()
+    found = []
+    for module in (plain, ours):
+        x = torch.ones(3, 2, 5, 5, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = [module(x) for _ in grads]
+        found.append(torch.autograd.grad(outputs, x, list(grads))[0])
+    assert torch.equal(*found)

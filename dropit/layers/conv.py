@@ -141,6 +141,8 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
             return self._conv_forward(input, weight, bias)  # which may be replaced on the module, to pad in another way
         if not weight.requires_grad and _casts_once(input, bias):
             return self._conv_forward(input, weight, bias)
+        if self.padding == "same" and _casts_once(input):  # padded first, it would be cast in each call
+            return self._conv_forward(input, weight, bias)
         if self.padding == "same" and any(step != 1 for step in each(self.stride, 1)):
             return self._conv_forward(input, weight, bias)  # PyTorch's error
         padded, padding = self._pad(input, weight)

@@ -26,6 +26,7 @@ from dropit.tracing import is_traced
 INTEGER_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Multiplying eight bytes of 0 or 1 by this gathers them, first byte lowest, in the product's top byte.
 _GATHER_BITS = 0x0102040810204080
+_HAS_STATIC_ON_GPU = torch._C._dispatch_has_kernel_for_dispatch_key("aten::nonzero_static", "CUDA")  # torch >= 2.7
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -156,8 +157,9 @@ def _unpack_channels(values: Tensor, positions: Tensor, layout: Layout) -> Tenso
 
 def _nonzero(mask: Tensor, count: int) -> Tensor:
     """Where (n,) bool is set: (count,) int64. 1.8 ns; indexing by the mask would look for it again."""
-    if torch.compiler.is_compiling() or mask.is_meta:
-        return torch.nonzero_static(mask, size=count).squeeze(1)  # 3.0 ns, but a shape known beforehand
+    # 3.0 ns, but a shape known beforehand, for which a GPU need not be waited for.
+    if torch.compiler.is_compiling() or mask.is_meta or (mask.is_cuda and _HAS_STATIC_ON_GPU):
+        return torch.nonzero_static(mask, size=count).squeeze(1)
     return mask.nonzero().squeeze(1)
 
 

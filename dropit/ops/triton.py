@@ -91,8 +91,8 @@ def _unpack_blocks(
 def _to_bfloat16(x):
     """Rounded to the nearest, as PyTorch does: what casting alone does differs between backends."""
     bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
