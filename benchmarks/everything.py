@@ -39,7 +39,7 @@ def parts(output: str, *, quick: bool) -> list[tuple[int, list[str]]]:
         (120, [*bench, "benchmarks/step.py", "--models", "resnet50", "vit_b_16", "gpt2", *half]),
         (150, [*tests, "tests/ops/test_triton.py", "tests/test_gpu.py", "-m", ""]),
         (60, [*bench, "benchmarks/ops.py", *where]),
-        (150, [*bench, "benchmarks/batch.py", "--models", "vit_b_16", "resnet50", *half]),
+        (180, [*bench, "benchmarks/batch.py", "--models", "vit_b_16", *half]),
         (120, [*bench, "benchmarks/step.py", "--models", "resnet50", "vit_b_16", *where]),
         (120, [*bench, "benchmarks/step.py", "--models", "resnet18_cifar", "convnext_tiny", *half, "--name", "others"]),
         (240, [*bench, "benchmarks/step.py", "--models", "vit_b_16", *compiled, *half]),
