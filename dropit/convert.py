@@ -100,6 +100,8 @@ def to_dropit(
     Parameters, hooks and state_dict keys stay as they are. A converted model may be converted again, under other
     arguments. Raises ValueError where an argument is out of range or no layer with a weight could be converted.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {model!r}")
     if budget is not None:
         if example_input is None:
             raise ValueError("budget needs example_input, a batch of the size that it is for")

@@ -172,6 +172,22 @@ def test_forward_mode_is_refused_clearly(make, x):
     model = make()
     with pytest.raises(NotImplementedError, match=r"jvp function for custom autograd.Function"):
         torch.func.jvp(model, (x,), (x,))
+    message = r"no forward-mode derivative; dropit.from_dropit\(model\)"
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        model(torch.autograd.forward_ad.make_dual(x, x))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+def test_nested_tensors_are_left_to_the_plain_layers(layout):
+    parts = [torch.randn(length, 8) for length in (2, 3)]
+    plain = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    grads = []
+    for module in (plain, dropit.to_dropit(copy.deepcopy(plain), compress="int8")):
+        x = torch.nested.nested_tensor(parts, layout=layout, requires_grad=True)
+        sum(part.sum() for part in module(x).unbind()).backward()
+        grads.append(x.grad.unbind() + tuple(p.grad for p in module.parameters()))
+    assert all(map(torch.equal, *grads))
 
 
 def test_an_averaged_copy_keeps_its_own_parameters(make, x):

@@ -191,6 +191,11 @@ def test_converting_nothing_is_an_error_that_says_why(model, message):
         dropit.to_dropit(model)
 
 
+def test_a_class_is_no_model():
+    with pytest.raises(TypeError, match="model must be a module, got <class"):
+        dropit.to_dropit(nn.Linear)
+
+
 def test_filtering_everything_out_is_an_error_that_says_why():
     with pytest.raises(
         ValueError, match="converted 0 of 2: Conv2d x1: left out by filter_fn; Linear x1: left out by filter_fn"

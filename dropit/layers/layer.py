@@ -56,8 +56,13 @@ class DropITLayer(nn.Module):
         """Keep from the plain class, which may keep a list of its subclasses, that there is one more."""
 
     def saves(self, **inputs: Tensor) -> bool:
-        """Whether a forward pass now saves anything for backward: in training, with gradients on."""
-        return self.training and torch.is_grad_enabled() and not self._dropit_off
+        """Whether a forward pass now saves anything for backward: in training, with gradients on.
+
+        ``inputs``: by role, those that it may store; nested ones are PyTorch's.
+        """
+        if not self.training or not torch.is_grad_enabled() or self._dropit_off:
+            return False
+        return not any(x.is_nested for x in inputs.values())
 
 
 def is_converted(module: nn.Module) -> bool:
@@ -71,10 +76,10 @@ class _PackerLayer(DropITLayer):
     packer = _Readable(lambda packer: packer)
 
     def saves(self, **inputs: Tensor) -> bool:
-        """Whether a forward pass now saves anything for backward. ``inputs``: by role, those that it may store."""
+        """The same; what a pass without gradients reads is noted, since it may be a checkpointed region's first run."""
         if self.training and not torch.is_grad_enabled() and not self._dropit_off:
-            self._dropit_packer.skip(inputs)
-        return super().saves()
+            self._dropit_packer.skip({role: x for role, x in inputs.items() if not x.is_nested})
+        return super().saves(**inputs)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -134,7 +139,7 @@ class LosslessLayer(DropITLayer):
 
     def packs(self, input: Tensor) -> bool:
         """Whether a forward pass now keeps anything: in training, where a gradient of the input is wanted."""
-        return self.saves() and input.requires_grad
+        return self.saves(input=input) and input.requires_grad
 
     def unsaved(self, forward: Callable[[Tensor], Output], input: Tensor) -> Output:
         """What the plain ``forward`` makes of ``input``; in training without gradients on offer where ``input`` is."""
@@ -205,6 +210,12 @@ def anchor(x: Tensor) -> Tensor | None:
     return x.reshape(-1)[:0].clone()
 
 
+def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(
+        "DropIT's layers have no forward-mode derivative; dropit.from_dropit(model) gives the plain layers back"
+    )
+
+
 class LayerFunction(Function):
     """What a layer calls to have a node of its own in the graph. Takes all arguments by position.
 
@@ -226,7 +237,8 @@ class LayerFunction(Function):
         def backward(ctx: Any, *grads: Any) -> Any:
             return cls.backward(ctx, *grads)
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        methods = {"forward": forward, "backward": backward, "jvp": _no_forward_mode}
+        methods = {name: staticmethod(method) for name, method in methods.items()}
         cls._at_once = type(cls.__name__, (Function,), methods)
 
     @classmethod
