@@ -45,9 +45,9 @@ def operations(x: torch.Tensor, gamma: float, ops: Any) -> dict[str, tuple[Calla
         "pack": (lambda: ops.pack_largest(flat, BLOCK, count, 0, layout), n * size + packed_bytes),
         "unpack": (lambda: ops.unpack(packed), n * size + packed_bytes),
     }
-    marks = reference.mark_inside(flat, 0.0, float("inf"))
-    found["mark what a ReLU passes"] = (lambda: ops.mark_inside(flat, 0.0, float("inf")), n * size + marks.nbytes)
-    found["keep what is marked"] = (lambda: ops.keep_marked(flat, marks), 2 * n * size + marks.nbytes)
+    marks = reference.range_bitmask(flat, 0.0, float("inf"))
+    found["mark what a ReLU passes"] = (lambda: ops.range_bitmask(flat, 0.0, float("inf")), n * size + marks.nbytes)
+    found["keep what is marked"] = (lambda: ops.apply_bitmask(flat, marks), 2 * n * size + marks.nbytes)
     for bits in (8, 4):
         steps, scales = reference.quantize(flat, bits)
         small = steps.nbytes + scales.nbytes

@@ -34,7 +34,7 @@ from dropit.layers import (
 )
 from dropit.memory import CacheMeter
 from dropit.packer import Packer
-from dropit.strategies import STRATEGIES, Draws, ElementStrategy, Strategy, make_strategy
+from dropit.strategies import STRATEGIES, ElementStrategy, RandomSource, Strategy, make_strategy
 
 # Layers that keep their input for a weight gradient: the report speaks of them even if their type is not in the table.
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
@@ -121,7 +121,7 @@ def to_dropit(
     )
     packer = make(seed=seed)
     targets: Targets = {}
-    for fqn, module in _spoken_of(model):
+    for fqn, module in _reportable_layers(model):
         swap = swap_for(plain_type(module))
         if swap is not None and not _obstacle(module, swap) and (filter_fn is None or filter_fn(module, fqn)):
             targets[fqn] = (module, swap)
@@ -176,7 +176,7 @@ def _packer(
     bits = _BITS.get(compress)
     if stochastic and bits is None:
         raise ValueError(f"stochastic rounding needs compress to be int16, int8 or int4, got {compress!r}")
-    draws = issubclass(STRATEGIES.get(strategy, Strategy), Draws)
+    draws = issubclass(STRATEGIES.get(strategy, Strategy), RandomSource)
     own_seed = None if stochastic and not draws else seed
     chosen = make_strategy(strategy, gamma, block_size=block_size, per_sample=per_sample, seed=own_seed)
     return Packer(chosen, value_dtype, bits=bits, stochastic=stochastic, seed=seed if stochastic else None)
@@ -327,7 +327,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
     """
     return Coverage(
         LayerCoverage(fqn, plain_type(module).__name__, _reason(module), _note(module, fqn, meter))
-        for fqn, module in _spoken_of(model)
+        for fqn, module in _reportable_layers(model)
     )
 
 
@@ -341,7 +341,7 @@ def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
     return f"its input stays held by {holders}" if holders else ""
 
 
-def _spoken_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _reportable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
     inside = {id(child) for attention in attentions for child in attention.children()}  # which attention never calls
     for fqn, module in model.named_modules():

@@ -64,7 +64,7 @@ class CacheMeter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._running.clear()
-        self._take_stock()
+        self._take_snapshot()
 
     @property
     def total_bytes(self) -> int:
@@ -176,12 +176,12 @@ class CacheMeter:
         return saved
 
     def _unpack(self, saved: _Saved) -> Tensor:
-        self._take_stock()
+        self._take_snapshot()
         if saved.tensor is None:
             raise RuntimeError("this forward pass was measured with retain=False: there is no backward")
         return saved.tensor
 
-    def _take_stock(self) -> None:
+    def _take_snapshot(self) -> None:
         if self._entries is not None:
             return
         own = {StorageWeakRef(t.untyped_storage()).cdata for t in (*self._model.parameters(), *self._model.buffers())}

@@ -16,7 +16,7 @@ from dropit import ops
 from dropit.packed import Packed, flatten, keep_dense
 from dropit.snapshot import Snapshot, graph_task, place
 from dropit.stored import Offered, Stored, offered
-from dropit.strategies import Draws, Strategy
+from dropit.strategies import RandomSource, Strategy
 from dropit.tracing import is_mapped, is_traced, saved_as_is
 
 
@@ -117,7 +117,7 @@ class Packer:
     @property
     def draws(self) -> bool:
         """Whether anything is random."""
-        return self.stochastic or isinstance(self.strategy, Draws)
+        return self.stochastic or isinstance(self.strategy, RandomSource)
 
     def skip(self, inputs: dict[str, Tensor]) -> None:
         """Take note of the inputs, by role, of a forward pass in training without gradients.
@@ -220,11 +220,11 @@ class Packer:
     def _noise(self, flat: Tensor, role: str) -> Tensor | None:
         if not self.stochastic:
             return None
-        return Draws(self._next_seed(role)).uniform(flat)
+        return RandomSource(self._next_seed(role)).uniform(flat)
 
     def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, role: str) -> Packed:
         strategy = self.strategy
-        if isinstance(strategy, Draws) and not torch.compiler.is_compiling():
+        if isinstance(strategy, RandomSource) and not torch.compiler.is_compiling():
             strategy = dataclasses.replace(strategy, seed=self._next_seed(role))  # type: ignore[call-arg]
         packed = strategy.pack(x, channel_dim=channel_dim, batch_dim=batch_dim, value_dtype=self.value_dtype)
         narrowed = packed.values.dtype != x.dtype

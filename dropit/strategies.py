@@ -47,30 +47,27 @@ class Strategy(ABC):
             raise ValueError(f"gamma must be in [0, 1), got {self.gamma}")
         object.__setattr__(self, "_gamma", repr(float(self.gamma)))
 
+    @abstractmethod
     def pack(
         self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0, value_dtype: torch.dtype | None = None
     ) -> Packed:
-        """Pack ``x``, or keep it as it is where that takes no more bytes (gamma 0, tiny tensors, integers).
+        """Pack ``x``, or keep it dense where that takes no more bytes (gamma 0, tiny tensors, integers).
 
         ``value_dtype``: what to store values in where it is narrower than the tensor's dtype.
         """
-        if x.numel() == 0 or x.dtype not in _PACKABLE or x.layout is not torch.strided:
-            return keep_dense(x)
-        channel_dim %= x.dim()
-        if self.nbytes(x, channel_dim, batch_dim, narrower(x.dtype, value_dtype)) >= dense_nbytes(x):
-            return keep_dense(x)
-        with torch.no_grad():
-            return self._pack(x.detach(), channel_dim, batch_dim, value_dtype)
 
     @abstractmethod
     def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
-        """Bytes that ``x`` takes when packed with values in ``dtype``."""
+        """Return the bytes that ``x`` takes when packed with values in ``dtype``."""
 
-    @abstractmethod
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed: ...
+    def stays_dense(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> bool:
+        """Whether packing ``x`` would save nothing, or cannot be done."""
+        if x.numel() == 0 or x.dtype not in _PACKABLE or x.layout is not torch.strided:
+            return True
+        return self.nbytes(x, channel_dim % x.dim(), batch_dim, narrower(x.dtype, value_dtype)) >= dense_nbytes(x)
 
     def _share(self, n: int) -> int:
-        """How many of n are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
+        """Return how many of n are kept: never none, rounded (not cut, so 1000 at gamma 0.9 gives 100)."""
         return max(1, round(n * (1 - float(self._gamma or self.gamma))))
 
 
@@ -80,8 +77,24 @@ class ElementStrategy(Strategy):
 
     per_sample: bool = False
 
+    def pack(
+        self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0, value_dtype: torch.dtype | None = None
+    ) -> Packed:
+        """Pack ``x``, or keep it dense where that takes no more bytes."""
+        if self.stays_dense(x, channel_dim, batch_dim, value_dtype):
+            return keep_dense(x)
+        with torch.no_grad():
+            samples, total = self._samples(x, batch_dim), self._total(x, batch_dim)
+            flat, layout = flatten(x.detach(), outermost=batch_dim if samples > 1 else None)
+            blocks = self._blocks(x.numel() // samples, samples)
+            if blocks is not None:
+                layout = layout._replace(per_block=self._per_block(x, batch_dim))
+                return ops.backend(flat).pack_largest(flat, *blocks, layout, value_dtype)  # type: ignore[no-any-return]
+            mask = self.select(flat.view(samples, -1)).view(-1) if total < x.numel() else None
+            return ops.pack(flat, mask, total, layout, value_dtype)
+
     def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
-        """Values and positions."""
+        """Return the bytes of values and positions."""
         return packed_nbytes(x.numel(), self._total(x, batch_dim), dtype, self._per_block(x, batch_dim))
 
     def count(self, n: int) -> int:
@@ -92,8 +105,15 @@ class ElementStrategy(Strategy):
     def select(self, rows: Tensor) -> Tensor:
         """Mark what to keep of each row (r, n): bool of the same shape with exactly ``count(n)`` set in each."""
 
+    def _blocks(self, n: int, samples: int) -> tuple[int, int, int] | None:
+        """Return the block size, and how many are kept of each block and of the rest, of samples of n elements.
+
+        None where :meth:`select` is to mark what is kept.
+        """
+        return None
+
     def _per_block(self, x: Tensor, batch_dim: int) -> int | None:
-        """How many are kept of each block of OFFSET_BLOCK elements, where that is known beforehand."""
+        """Return how many are kept of each block of OFFSET_BLOCK elements, where that is known beforehand."""
         return None
 
     def _samples(self, x: Tensor, batch_dim: int) -> int:
@@ -102,12 +122,6 @@ class ElementStrategy(Strategy):
     def _total(self, x: Tensor, batch_dim: int) -> int:
         samples = self._samples(x, batch_dim)
         return samples * self.count(x.numel() // samples)
-
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
-        samples, total = self._samples(x, batch_dim), self._total(x, batch_dim)
-        flat, layout = flatten(x, outermost=batch_dim if samples > 1 else None)
-        mask = self.select(flat.view(samples, -1)).view(-1) if total < x.numel() else None
-        return ops.pack(flat, mask, total, layout, value_dtype)
 
 
 @dataclass(frozen=True)
@@ -118,11 +132,8 @@ class MinK(ElementStrategy):
         """Mark the largest of all; of equal ones, the first."""
         return ops.largest_mask(rows, rows.shape[1], self.count(rows.shape[1]), 0)
 
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
-        if self._samples(x, batch_dim) > 1:
-            return super()._pack(x, channel_dim, batch_dim, value_dtype)
-        flat, layout = flatten(x)
-        return ops.pack_largest(flat, len(flat), self.count(len(flat)), 0, layout, value_dtype)
+    def _blocks(self, n: int, samples: int) -> tuple[int, int, int] | None:
+        return (n, self.count(n), 0) if samples == 1 else None
 
 
 @dataclass(frozen=True)
@@ -152,14 +163,9 @@ class FastMinK(ElementStrategy):
         """Mark the largest of each block; of equal ones, the first."""
         return ops.largest_mask(rows, *self._form(rows.shape[1]))
 
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
-        samples = self._samples(x, batch_dim)
-        form = self._form(x.numel() // samples)
-        if samples > 1 and form[2]:  # each sample has a rest
-            return super()._pack(x, channel_dim, batch_dim, value_dtype)
-        flat, layout = flatten(x, outermost=batch_dim if samples > 1 else None)
-        layout = layout._replace(per_block=self._per_block(x, batch_dim))
-        return ops.pack_largest(flat, *form, layout, value_dtype)
+    def _blocks(self, n: int, samples: int) -> tuple[int, int, int] | None:
+        size, share, rest = self._form(n)
+        return None if samples > 1 and rest else (size, share, rest)  # each sample has a rest
 
     def _per_block(self, x: Tensor, batch_dim: int) -> int | None:
         samples = self._samples(x, batch_dim)
@@ -167,7 +173,7 @@ class FastMinK(ElementStrategy):
         return share if size == OFFSET_BLOCK and not (samples > 1 and rest) else None
 
     def _form(self, n: int) -> tuple[int, int, int]:
-        """Block size, and how many are kept of each whole block and of what is left of ``n``."""
+        """Return the block size, and how many are kept of each whole block and of what is left of ``n``."""
         size = self.block_size or (OFFSET_BLOCK if n > _ONE_BLOCK else n)
         rest = n % size
         # No branch: where n is a variable, a compiler would need a graph for each of the two cases.
@@ -175,7 +181,7 @@ class FastMinK(ElementStrategy):
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomSource:
     """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from one of its own.
 
     Compiled, they are PyTorch's in any case.
@@ -210,7 +216,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Random(Draws, ElementStrategy):
+class Random(RandomSource, ElementStrategy):
     """Drop elements at random, without replacement."""
 
     def select(self, rows: Tensor) -> Tensor:
@@ -222,18 +228,26 @@ class Random(Draws, ElementStrategy):
 class ChannelStrategy(Strategy):
     """Keeps whole channels: dim 1 of a convolution's input, the last of a Linear's."""
 
+    def pack(
+        self, x: Tensor, *, channel_dim: int = -1, batch_dim: int = 0, value_dtype: torch.dtype | None = None
+    ) -> Packed:
+        """Pack ``x``, or keep it dense where that takes no more bytes."""
+        if self.stays_dense(x, channel_dim, batch_dim, value_dtype):
+            return keep_dense(x)
+        x, channel_dim = x.detach(), channel_dim % x.dim()
+        with torch.no_grad():
+            count = self._share(x.shape[channel_dim])
+            mask = ops.topk_mask(self.score(x, channel_dim).unsqueeze(0), count).squeeze(0)
+            layout = Layout(x.shape, x.dtype, memory_order(x), channel_dim)
+            return ops.pack_channels(x, mask, count, layout, value_dtype)
+
     def nbytes(self, x: Tensor, channel_dim: int, batch_dim: int, dtype: torch.dtype) -> int:
-        """Values and positions."""
+        """Return the bytes of values and positions."""
         return channels_nbytes(x, channel_dim, self._share(x.shape[channel_dim]), dtype)
 
     @abstractmethod
     def score(self, x: Tensor, channel_dim: int) -> Tensor:
         """The channels' scores, (channels,) integers: the largest stay; of equal ones, the first."""
-
-    def _pack(self, x: Tensor, channel_dim: int, batch_dim: int, value_dtype: torch.dtype | None) -> Packed:
-        count = self._share(x.shape[channel_dim])
-        mask = ops.topk_mask(self.score(x, channel_dim).unsqueeze(0), count).squeeze(0)
-        return ops.pack_channels(x, mask, count, Layout(x.shape, x.dtype, memory_order(x), channel_dim), value_dtype)
 
 
 @dataclass(frozen=True)
@@ -249,7 +263,7 @@ class MinKChannels(ChannelStrategy):
 
 
 @dataclass(frozen=True)
-class RandomChannels(Draws, ChannelStrategy):
+class RandomChannels(RandomSource, ChannelStrategy):
     """Drop channels at random, without replacement."""
 
     def score(self, x: Tensor, channel_dim: int) -> Tensor:

@@ -130,12 +130,12 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         weight, bias = self.in_proj_weight, self.in_proj_bias
         together = together and self._qkv_same_embed_dim
         if together and query is key and key is value:
-            return _apart(self._linear(query, weight, bias, "query"), 3)  # type: ignore[arg-type]
+            return _split_projections(self._linear(query, weight, bias, "query"), 3)  # type: ignore[arg-type]
         if together and key is value:
             sizes = [self.embed_dim, 2 * self.embed_dim]
             of_query, of_both = weight.split(sizes)  # type: ignore[union-attr]
             bias_query, bias_both = (None, None) if bias is None else bias.split(sizes)
-            both = _apart(self._linear(key, of_both, bias_both, "key"), 2)
+            both = _split_projections(self._linear(key, of_both, bias_both, "key"), 2)
             return self._linear(query, of_query, bias_query, "query"), *both
         weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight) if weight is None else weight.chunk(3)
         biases = (None,) * 3 if bias is None else bias.chunk(3)
@@ -183,7 +183,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         return context, weights.view(samples, heads, length, -1), False
 
 
-def _apart(projected: Tensor, parts: int) -> tuple[Tensor, ...]:
+def _split_projections(projected: Tensor, parts: int) -> tuple[Tensor, ...]:
     """(L, N, parts E) -> parts tensors (L, N, E), each contiguous."""
     stacked = projected.unflatten(-1, (parts, -1)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     return tuple(stacked.unbind(0))

@@ -175,10 +175,10 @@ def save_mask(ctx: Any, mask: Tensor) -> None:
     ctx.save_for_backward(ops.pack_bits(flat))
 
 
-def save_inside(ctx: Any, x: Tensor, lower: float, upper: float) -> None:
+def save_range_mask(ctx: Any, x: Tensor, lower: float, upper: float) -> None:
     """Save where ``x``, of any layout, is neither at or below ``lower`` nor at or above ``upper``, as a mask."""
     flat, ctx.layout = flatten(x)
-    ctx.save_for_backward(ops.mark_inside(flat, lower, upper))
+    ctx.save_for_backward(ops.range_bitmask(flat, lower, upper))
 
 
 def saved_mask(ctx: Any) -> Tensor:
@@ -187,7 +187,7 @@ def saved_mask(ctx: Any) -> Tensor:
     return unflatten(ops.unpack_bits(bits, ctx.layout.numel), ctx.layout)
 
 
-def where_saved(ctx: Any, grad: Tensor, backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def apply_saved_mask(ctx: Any, grad: Tensor, backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """``grad`` where the mask that was saved is set, zeros elsewhere.
 
     ``backward``: PyTorch's operator that does so where a tensor is above zero, and says in which layout.
@@ -199,7 +199,7 @@ def where_saved(ctx: Any, grad: Tensor, backward: Callable[[Tensor, Tensor], Ten
         return backward(grad, saved_mask(ctx).to(grad.dtype))
     (bits,) = ctx.saved_tensors
     flat, layout = flatten(grad)
-    kept = ops.keep_marked(flat, bits)
+    kept = ops.apply_bitmask(flat, bits)
     return kept.view(grad.shape) if grad.is_contiguous() else unflatten(kept, layout)
 
 
@@ -324,7 +324,7 @@ def with_zeros(grad: Tensor, link: tuple[Tensor] | None) -> Tensor:
     return _WithZeros.apply(grad, *link)  # type: ignore[no-any-return]
 
 
-def no_view(output: Tensor) -> Tensor:
+def as_non_view(output: Tensor) -> Tensor:
     """``output``, and not a view of another tensor, as ``F.linear`` makes them: those may not be changed in place."""
     return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 

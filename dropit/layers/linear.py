@@ -13,9 +13,9 @@ from dropit.layers.layer import (
     LayerFunction,
     PackedInputLayer,
     anchor,
+    as_non_view,
     autocast,
     first_order_only,
-    no_view,
     none_for_none,
     without_zeros,
 )
@@ -39,7 +39,7 @@ class DropITLinearFunction(LayerFunction):
         *stored: Tensor | None,
     ) -> Tensor:
         """The plain forward; ``restore(*stored)`` gives the input back."""
-        return no_view(F.linear(input, weight, bias))
+        return as_non_view(F.linear(input, weight, bias))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -62,14 +62,14 @@ class DropITMaxPoolFunction(LayerFunction):
         save_form(ctx, input)
         offsets = window_offsets(indices, input.shape, ctx.windows)
         flat, ctx.layout = flatten(offsets)
-        ctx.save_for_backward(ops.pack_small(flat, _size(ctx.windows)))
+        ctx.save_for_backward(ops.pack_subbyte(flat, _size(ctx.windows)))
 
     @staticmethod
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
         (stored,) = ctx.saved_tensors
-        offsets = ops.unpack_small(stored, _size(ctx.windows), ctx.layout.numel)
+        offsets = ops.unpack_subbyte(stored, _size(ctx.windows), ctx.layout.numel)
         indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
         backward = _BACKWARD[len(ctx.windows.kernel_size)]
         grad_input = backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices)

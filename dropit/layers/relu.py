@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from dropit.layers.layer import (
     LayerFunction,
     LosslessLayer,
+    apply_saved_mask,
     link_to,
     none_for_none,
-    save_inside,
     save_mask,
+    save_range_mask,
     saved_mask,
-    where_saved,
     with_zeros,
     without_zeros,
 )
@@ -58,7 +58,7 @@ class DropITReLUFunction(LayerFunction):
         if ctx.slope:
             save_mask(ctx, output > 0)
         elif _holds(output.dtype, lower) and _holds(output.dtype, ctx.upper):
-            save_inside(ctx, output, lower, ctx.upper)
+            save_range_mask(ctx, output, lower, ctx.upper)
         else:  # PyTorch compares the input with other bounds than it clamps to: by its operator
             passes = _aten.hardtanh_backward(torch.ones_like(output), input.detach(), lower, ctx.upper)
             save_mask(ctx, passes != 0)
@@ -70,7 +70,9 @@ class DropITReLUFunction(LayerFunction):
         if ctx.slope:
             grad_input = torch.where(saved_mask(ctx), grad_output, grad_output * ctx.slope)
         else:
-            grad_input = where_saved(ctx, grad_output, _relu_backward if ctx.upper == math.inf else _hardtanh_backward)
+            grad_input = apply_saved_mask(
+                ctx, grad_output, _relu_backward if ctx.upper == math.inf else _hardtanh_backward
+            )
         return with_zeros(grad_input, ctx.link), None, None, None, None, None
 
 

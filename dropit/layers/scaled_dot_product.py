@@ -21,9 +21,9 @@ from dropit import ops
 from dropit.layers.layer import (
     LayerFunction,
     anchor,
+    as_non_view,
     autocast,
     first_order_only,
-    no_view,
     none_for_none,
     without_zeros,
 )
@@ -63,7 +63,7 @@ class DropITScaledDotProductFunction(LayerFunction):
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
-        return no_view(form.attend(q, k, v, mask))
+        return as_non_view(form.attend(q, k, v, mask))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -100,7 +100,7 @@ class DropITAttentionFunction(LayerFunction):
         """The plain forward; ``parts`` and ``random`` as above."""
         context = _side_by_side(form.attend(q, k, v, mask))
         rows = F.linear(as_rows(context), weight, bias)  # by rows, as PyTorch has it
-        return no_view(rows.view(*context.shape[:-1], rows.shape[-1]))
+        return as_non_view(rows.view(*context.shape[:-1], rows.shape[-1]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

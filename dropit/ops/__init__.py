@@ -1,6 +1,6 @@
-"""What packing and unpacking are made of. ``reference`` is the specification, in plain PyTorch, on any device.
+"""Select, pack, unpack, quantize. ``reference`` is the specification, in plain PyTorch, on any device.
 
-Where another module has a faster way to the same result, the functions here take it, by the tensor's device.
+Where another module computes the same result faster, the functions here call it, by the tensor's device.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from dropit.ops.reference import (
     pack,
     pack_bits,
     pack_channels,
-    pack_small,
+    pack_subbyte,
     topk_mask,
     unpack_bits,
-    unpack_small,
+    unpack_subbyte,
 )
-from dropit.packed import Layout, Packed
+from dropit.packed import Packed
 from dropit.tracing import is_traced
 
 __all__ = [
     "Statistics",
+    "apply_bitmask",
+    "backend",
     "dequantize",
-    "keep_marked",
     "largest_mask",
     "magnitude",
-    "mark_inside",
     "pack",
     "pack_bits",
     "pack_channels",
-    "pack_largest",
-    "pack_small",
+    "pack_subbyte",
     "quantize",
+    "range_bitmask",
     "topk_mask",
     "unpack",
     "unpack_bits",
-    "unpack_small",
+    "unpack_subbyte",
 ]
 # PyTorch works without either.
 _HAS_NUMPY = importlib.util.find_spec("numpy") is not None
@@ -54,8 +54,8 @@ def _has_kernels(x: Tensor) -> bool:
     return x.is_cuda and _HAS_TRITON and (torch.compiler.is_compiling() or not is_traced())
 
 
-def _best(x: Tensor) -> Any:
-    """The module whose functions are the fastest for ``x``."""
+def backend(x: Tensor) -> Any:
+    """Return the module whose functions are the fastest for ``x``: reference, cpu or triton."""
     if _has_kernels(x):
         from dropit.ops import triton
 
@@ -67,52 +67,40 @@ def _best(x: Tensor) -> Any:
     return reference
 
 
-def _best_alone(x: Tensor) -> Any:
-    """The same, where a compiler is left to merge plain PyTorch with what comes before and after."""
-    return reference if is_traced() else _best(x)
-
-
-def pack_largest(
-    flat: Tensor,
-    block_size: int,
-    count: int,
-    rest_count: int,
-    layout: Layout,
-    value_dtype: torch.dtype | None = None,
-) -> Packed:
-    """Keep of ``flat`` (n,) the largest by magnitude, ``count`` of each block, ``rest_count`` of what is left."""
-    return _best(flat).pack_largest(flat, block_size, count, rest_count, layout, value_dtype)  # type: ignore[no-any-return]
+def _backend_in_eager(x: Tensor) -> Any:
+    """Return the same, but the reference where a compiler can fuse plain PyTorch with what comes before and after."""
+    return reference if is_traced() else backend(x)
 
 
 def unpack(packed: Packed) -> Tensor:
     """The dense tensor: kept elements at their positions, zeros elsewhere; the order in memory is the original's."""
-    return _best(packed.values).unpack(packed)  # type: ignore[no-any-return]
+    return backend(packed.values).unpack(packed)  # type: ignore[no-any-return]
 
 
 def quantize(
     x: Tensor, bits: int = 8, noise: Tensor | None = None, statistics: Statistics | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each group of 32 elements as 8- or 4-bit steps, and its scale: :func:`dropit.ops.reference.quantize`.
+    """Each group of 32 elements as 16-, 8- or 4-bit codes, and its scale: :func:`dropit.ops.reference.quantize`.
 
     With ``statistics``: of ``x`` (n,) after :func:`dropit.ops.reference.normalize`.
     """
     if statistics is None:
-        return _best(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
+        return backend(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
     if _has_kernels(x) and x.numel() < 2**31:
-        return _best(x).quantize(x, bits, noise, statistics)  # type: ignore[no-any-return]
+        return backend(x).quantize(x, bits, noise, statistics)  # type: ignore[no-any-return]
     return quantize(reference.normalize(x, statistics), bits, noise)
 
 
-def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``."""
-    return _best(steps).dequantize(steps, scales, dtype, n)  # type: ignore[no-any-return]
+    return backend(codes).dequantize(codes, scales, dtype, n)  # type: ignore[no-any-return]
 
 
-def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
-    """Bits of where ``flat`` (n,) lies between ``lower`` and ``upper``: :func:`dropit.ops.reference.mark_inside`."""
-    return _best_alone(flat).mark_inside(flat, lower, upper)  # type: ignore[no-any-return]
+def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """Bits of where ``flat`` (n,) lies between ``lower`` and ``upper``: :func:`dropit.ops.reference.range_bitmask`."""
+    return _backend_in_eager(flat).range_bitmask(flat, lower, upper)  # type: ignore[no-any-return]
 
 
-def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
+def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
     """``flat`` (n,) where the bits are set, zeros elsewhere."""
-    return _best_alone(flat).keep_marked(flat, bits)  # type: ignore[no-any-return]
+    return _backend_in_eager(flat).apply_bitmask(flat, bits)  # type: ignore[no-any-return]

@@ -207,27 +207,27 @@ def _widen_all(packed: Packed) -> Tensor:
     return dequantize(packed.values, packed.scales, packed.layout.dtype, packed.layout.numel)
 
 
-# By bits: the steps from zero to a group's largest element, and the most that are stored. A scale may have been rounded
-# down by 0.4 %, which in 16 bits is many steps. The next code below is that of what is not finite.
-STEPS = {16: (32640, 32767), 8: (127, 127), 4: (7, 7)}
+# By bits: the code of a group's largest element, and the largest code there is. A scale may have been rounded down by
+# 0.4 %, which in 16 bits is many codes. The next code below the least is that of elements that are not finite.
+CODES = {16: (32640, 32767), 8: (127, 127), 4: (7, 7)}
 _UNUSED_BITS = 47  # of a double, where a scale keeps its exponent's 11 bits and the highest 5 of its fraction
 
 
 def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round each group of 32 elements, in the order of ``x.reshape(-1)``, to equal steps from -max to max.
+    """Round each group of 32 elements, in the order of ``x.reshape(-1)``, to integer codes times the group's scale.
 
-    ``bits``: 16 or 8, for 65,281 or 255 steps, returned as int16 or int8 of the shape of ``x``; or 4, for 15, two in a
+    ``bits``: 16 or 8, for 65,281 or 255 codes, returned as int16 or int8 of the shape of ``x``; or 4, for 15, two in a
     byte: (ceil(n / 2),) uint8. With them the scales, (ceil(n / 32),): bfloat16, or int16 that only :func:`dequantize`
     can read for float64, whose range is wider. The precision of a scale does not matter, as the elements are divided by
     what is stored: multiplied by its reciprocal, in float32 or for float64 in that.
     ``noise``: uniform in [0, 1), of the shape of ``x``, to round stochastically; without it, to the nearest.
 
-    An element that is not finite counts for nothing in its group's scale, has a code of its own and comes back as NaN.
-    A finite one comes back finite. With L the largest finite magnitude of its group and ``steps`` those from zero to
-    it, it is off by no more than L / (2 steps), or by half the least normal number of float32 (of float64) where that
-    is more; by 0.4 % (3.2 %) more than that for the rounding of the scale, and by what rounding to its dtype adds.
+    An element that is not finite is ignored in its group's scale, has a reserved code and comes back as NaN. A finite
+    one comes back finite. With L the largest finite magnitude of its group and c that one's code, it is off by no more
+    than L / 2c, or by half the least normal number of float32 (of float64) where that is more; by 0.4 % (3.2 %) more
+    than that for the rounding of the scale, and by what rounding to its dtype adds.
     """
-    n, (top, most) = x.numel(), STEPS[bits]
+    n, (top, most) = x.numel(), CODES[bits]
     groups = _groups(x.reshape(-1)).to(torch.promote_types(x.dtype, torch.float32))
     largest, finite = _largest(groups), None
     # NaN and Inf stay in a sum. Looking costs 0.01 ns, and saves four passes.
@@ -236,17 +236,17 @@ def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Ten
         groups = groups.where(finite, 0)
         largest = _largest(groups)
     scales = _round_scales(largest / top)
-    steps = (groups * _widen_scales(scales).reciprocal().unsqueeze(1)).clamp_(-most, most)
+    rounded = (groups * _widen_scales(scales).reciprocal().unsqueeze(1)).clamp_(-most, most)
     if noise is None:
-        steps.round_()
+        rounded.round_()
     else:
-        steps.add_(_groups(noise.reshape(-1))).floor_().clamp_(max=most)  # the sum may have been rounded up
+        rounded.add_(_groups(noise.reshape(-1))).floor_().clamp_(max=most)  # the sum may have been rounded up
     if finite is not None:
-        steps.masked_fill_(~finite, -most - 1)
-    codes = steps.view(-1)[:n].to(torch.int16 if bits == 16 else torch.int8)
+        rounded.masked_fill_(~finite, -most - 1)
+    codes = rounded.view(-1)[:n].to(torch.int16 if bits == 16 else torch.int8)
     if bits != 4:
         return codes.view(x.shape), scales
-    return pack_small((codes + 8).view(torch.uint8), 16), scales
+    return pack_subbyte((codes + 8).view(torch.uint8), 16), scales
 
 
 class Statistics(NamedTuple):
@@ -265,18 +265,18 @@ def normalize(x: Tensor, statistics: Statistics) -> Tensor:
     return (centered * rstd.reshape(-1, 1)).view(-1)
 
 
-def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``, to which the products are rounded once."""
     if n == 0:
         return scales.new_empty(0, dtype=dtype)
-    if steps.dtype is torch.uint8:
-        steps, most = unpack_small(steps, 16, n).view(torch.int8) - 8, STEPS[4][1]
+    if codes.dtype is torch.uint8:
+        codes, most = unpack_subbyte(codes, 16, n).view(torch.int8) - 8, CODES[4][1]
     else:
-        most = torch.iinfo(steps.dtype).max
-    groups, wide = _groups(steps.reshape(-1)), _widen_scales(scales)
-    limit, looks = torch.finfo(dtype).max, _can_look(steps)
+        most = torch.iinfo(codes.dtype).max
+    groups, wide = _groups(codes.reshape(-1)), _widen_scales(scales)
+    limit, looks = torch.finfo(dtype).max, _can_look(codes)
     # Numbers of eight bits: bfloat16 holds both, and rounds their product as float32 and a conversion would.
-    exact = dtype is torch.bfloat16 and steps.dtype is torch.int8
+    exact = dtype is torch.bfloat16 and codes.dtype is torch.int8
     dense = groups * (scales if exact else wide).unsqueeze(1)
     if not looks or wide.amax().item() * most > limit:  # the scale may have been rounded up
         dense = dense.clamp_(-limit, limit)
@@ -287,7 +287,7 @@ def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Ten
 
 
 def _can_look(x: Tensor) -> bool:
-    """Whether looking at elements is cheap, and nobody minds."""
+    """Whether elements can be read without a synchronization or a graph break."""
     return x.device.type == "cpu" and not is_traced()
 
 
@@ -306,7 +306,7 @@ def _round_scales(scales: Tensor) -> Tensor:
     if scales.dtype is not torch.float64:
         return scales.clamp(min=torch.finfo(torch.bfloat16).tiny).to(torch.bfloat16)
     integers: Tensor = scales.clamp(min=torch.finfo(torch.float64).tiny).view(torch.int64) + (2**_UNUSED_BITS - 1)
-    return integers.bitwise_right_shift(_UNUSED_BITS).to(torch.int16)  # rounded up, as no step is to spare
+    return integers.bitwise_right_shift(_UNUSED_BITS).to(torch.int16)  # rounded up, as there is no code to spare
 
 
 def _widen_scales(scales: Tensor) -> Tensor:
@@ -329,10 +329,10 @@ def pack_bits(mask: Tensor) -> Tensor:
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """(ceil(n / 8),) uint8 -> (n,) bool."""
-    return unpack_small(bits, 2, n).to(torch.bool)
+    return unpack_subbyte(bits, 2, n).to(torch.bool)
 
 
-def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
+def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
     """Bits of where ``flat`` (n,) is neither at or below ``lower`` nor at or above ``upper``; NaN is not."""
     outside = flat <= lower
     if upper < math.inf:
@@ -340,12 +340,12 @@ def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
     return pack_bits(~outside)
 
 
-def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
+def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
     """``flat`` (n,) where the bits are set, zeros elsewhere."""
     return torch.where(unpack_bits(bits, flat.numel()), flat, 0)
 
 
-def pack_small(numbers: Tensor, limit: int) -> Tensor:
+def pack_subbyte(numbers: Tensor, limit: int) -> Tensor:
     """(n,) uint8 below ``limit`` -> uint8, several in a byte where 1, 2 or 4 bits hold each; lowest bits first."""
     bits = _bits_for(limit)
     padded = _padded(numbers, 8 // bits)
@@ -356,8 +356,8 @@ def pack_small(numbers: Tensor, limit: int) -> Tensor:
     return (padded.view(-1, 8 // bits) << shifts).sum(dim=1, dtype=torch.uint8)
 
 
-def unpack_small(stored: Tensor, limit: int, n: int) -> Tensor:
-    """Undo :func:`pack_small`: (n,) uint8."""
+def unpack_subbyte(stored: Tensor, limit: int, n: int) -> Tensor:
+    """Undo :func:`pack_subbyte`: (n,) uint8."""
     bits = _bits_for(limit)
     if bits == 4 and not torch.compiler.is_compiling():  # 0.1 ns, by the other way 0.5; a graph would save it widened
         wide = stored.to(torch.int16)

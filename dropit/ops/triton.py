@@ -101,7 +101,7 @@ def _quantize_groups(
     noise,
     mean,
     rstd,
-    steps,
+    codes,
     scales,
     n,
     inner,
@@ -143,49 +143,49 @@ def _quantize_groups(
         tl.store(scales + rows, scale, mask=rows.to(tl.int64) * _GROUP < n)
         reciprocal = tl.div_rn(one, scale.to(tl.float32))
     # What bounds the product also keeps a compiler from adding to it before it is rounded.
-    step = tl.minimum(tl.maximum(wide * reciprocal[:, None], -most), most)
+    code = tl.minimum(tl.maximum(wide * reciprocal[:, None], -most), most)
     if NOISY:
-        step = tl.floor(step + tl.load(noise + at, mask=at < n, other=0).to(wide.dtype))
-        step = tl.minimum(step, most)
+        code = tl.floor(code + tl.load(noise + at, mask=at < n, other=0).to(wide.dtype))
+        code = tl.minimum(code, most)
     else:
         # To the nearest, of two equally near to the even one: what this adds leaves no bits for a fraction.
         shift = 6755399441055744.0 if wide.dtype == tl.float64 else 12582912.0
-        step = (step + shift) - shift
-    whole = tl.where(finite, step, -most - 1).to(tl.int32)
+        code = (code + shift) - shift
+    whole = tl.where(finite, code, -most - 1).to(tl.int32)
     if BITS != 4:
-        tl.store(steps + at, whole.to(steps.dtype.element_ty), mask=at < n)
+        tl.store(codes + at, whole.to(codes.dtype.element_ty), mask=at < n)
     else:
         pairs = tl.where(at < n, whole + 8, 0).reshape(ROWS, _GROUP // 2, 2)
         shifts = tl.arange(0, 2)[None, None, :] * 4
         byte = rows.to(tl.int64)[:, None] * (_GROUP // 2) + tl.arange(0, _GROUP // 2)[None, :]
-        tl.store(steps + byte, tl.sum(pairs << shifts, axis=2).to(tl.uint8), mask=byte < (n + 1) // 2)
+        tl.store(codes + byte, tl.sum(pairs << shifts, axis=2).to(tl.uint8), mask=byte < (n + 1) // 2)
 
 
 @triton.jit
-def _dequantize_groups(steps, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Steps times scales, no larger than LIMIT; NaN for the lowest step."""
+def _dequantize_groups(codes, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Codes times scales, no larger than LIMIT; NaN for the lowest code."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _GROUP)
     at = rows.to(tl.int64)[:, None] * _GROUP + columns[None, :]
     if BITS != 4:
-        step = tl.load(steps + at, mask=at < n, other=0).to(tl.int32)
+        code = tl.load(codes + at, mask=at < n, other=0).to(tl.int32)
     else:
-        byte = tl.load(steps + at // 2, mask=at < n, other=0).to(tl.int32)
-        step = ((byte >> (columns % 2 * 4)[None, :]) & 15) - 8
+        byte = tl.load(codes + at // 2, mask=at < n, other=0).to(tl.int32)
+        code = ((byte >> (columns % 2 * 4)[None, :]) & 15) - 8
     scale = tl.load(scales + rows, mask=rows.to(tl.int64) * _GROUP < n, other=0)
     if scales.dtype.element_ty == tl.int16:
         wide = ((scale.to(tl.int64) & 0xFFFF) << 47).to(tl.float64, bitcast=True)
     else:
         wide = scale.to(tl.float32)
-    product = tl.minimum(tl.maximum(step.to(wide.dtype) * wide[:, None], -LIMIT), LIMIT)
-    product = tl.where(step == -(1 << (BITS - 1)), float("nan"), product)
+    product = tl.minimum(tl.maximum(code.to(wide.dtype) * wide[:, None], -LIMIT), LIMIT)
+    product = tl.where(code == -(1 << (BITS - 1)), float("nan"), product)
     kind = dense.dtype.element_ty
     rounded = _to_bfloat16(product) if kind == tl.bfloat16 else product.to(kind)
     tl.store(dense + at, rounded, mask=at < n)
 
 
 @triton.jit
-def _mark_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.constexpr, ROWS: tl.constexpr):
+def _range_bitmask_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.constexpr, ROWS: tl.constexpr):
     """Bits of which elements are neither at or below ``lower`` nor, where BOUNDED, at or above ``upper``."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _BLOCK)
@@ -200,7 +200,7 @@ def _mark_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.constexpr, R
 
 
 @triton.jit
-def _keep_blocks(source, bits, kept, n, ROWS: tl.constexpr):
+def _apply_bitmask_blocks(source, bits, kept, n, ROWS: tl.constexpr):
     """The elements that are marked, zeros elsewhere."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _BLOCK)
@@ -300,11 +300,11 @@ def _unpack_blocks_op(
 def _quantize_op(
     flat: Tensor, noise: Tensor | None, bits: int, mean: Tensor | None, rstd: Tensor | None, inner: int
 ) -> tuple[Tensor, Tensor]:
-    """Steps and scales; with ``rstd``, of what is normalized."""
+    """Codes and scales; with ``rstd``, of what is normalized."""
     n = flat.numel()
     size, kind = {16: (n, torch.int16), 8: (n, torch.int8), 4: (-(-n // 2), torch.uint8)}[bits]
-    top, most = reference.STEPS[bits]
-    steps = torch.empty(size, dtype=kind, device=flat.device)
+    top, most = reference.CODES[bits]
+    codes = torch.empty(size, dtype=kind, device=flat.device)
     scale_type = torch.int16 if flat.dtype is torch.float64 else torch.bfloat16
     scales = torch.empty(-(-n // SCALE_GROUP), dtype=scale_type, device=flat.device)
     _launch(
@@ -316,7 +316,7 @@ def _quantize_op(
         flat if noise is None else noise,
         flat if mean is None else mean,
         flat if rstd is None else rstd,
-        steps,
+        codes,
         scales,
         n,
         inner,
@@ -328,20 +328,20 @@ def _quantize_op(
         NORMALIZED=0 if rstd is None else 1 if inner % SCALE_GROUP == 0 else 2,
         BITS=bits,
     )
-    return steps, scales
+    return codes, scales
 
 
 @_operator("dequantize_groups")
-def _dequantize_op(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """(n,) of ``dtype``."""
-    dense = torch.empty(n, dtype=dtype, device=steps.device)
-    bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[steps.dtype]
+    dense = torch.empty(n, dtype=dtype, device=codes.device)
+    bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[codes.dtype]
     _launch(
         _dequantize_groups,
         _GROUPS,
-        steps,
+        codes,
         len(scales),
-        steps,
+        codes,
         scales,
         dense,
         n,
@@ -351,21 +351,21 @@ def _dequantize_op(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
     return dense
 
 
-@_operator("mark_inside")
-def _mark_op(flat: Tensor, lower: float, upper: float) -> Tensor:
+@_operator("range_bitmask")
+def _range_bitmask_op(flat: Tensor, lower: float, upper: float) -> Tensor:
     """Bits."""
     n = flat.numel()
     bits = torch.empty(bits_nbytes(n), dtype=torch.uint8, device=flat.device)
     rows = -(-n // OFFSET_BLOCK)
-    _launch(_mark_blocks, _MARK, flat, rows, flat, bits, n, len(bits), lower, upper, BOUNDED=upper < math.inf)
+    _launch(_range_bitmask_blocks, _MARK, flat, rows, flat, bits, n, len(bits), lower, upper, BOUNDED=upper < math.inf)
     return bits
 
 
-@_operator("keep_marked")
-def _keep_op(flat: Tensor, bits: Tensor) -> Tensor:
+@_operator("apply_bitmask")
+def _apply_bitmask_op(flat: Tensor, bits: Tensor) -> Tensor:
     """(n,) of the dtype of ``flat``."""
     kept = torch.empty_like(flat)
-    _launch(_keep_blocks, _KEEP, flat, -(-flat.numel() // OFFSET_BLOCK), flat, bits, kept, flat.numel())
+    _launch(_apply_bitmask_blocks, _KEEP, flat, -(-flat.numel() // OFFSET_BLOCK), flat, bits, kept, flat.numel())
     return kept
 
 
@@ -430,20 +430,20 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`dropit.ops.reference.quantize`, of ``x`` (n,) after :func:`dropit.ops.reference.normalize`."""
     mean, rstd, inner = statistics or (None, None, 1)
-    steps, scales = _quantize_op(x.reshape(-1), None if noise is None else noise.reshape(-1), bits, mean, rstd, inner)
-    return steps.view(x.shape) if bits != 4 else steps, scales
+    codes, scales = _quantize_op(x.reshape(-1), None if noise is None else noise.reshape(-1), bits, mean, rstd, inner)
+    return codes.view(x.shape) if bits != 4 else codes, scales
 
 
-def dequantize(steps: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """As :func:`dropit.ops.reference.dequantize`."""
-    return _dequantize_op(steps.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]
+    return _dequantize_op(codes.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]
 
 
-def mark_inside(flat: Tensor, lower: float, upper: float) -> Tensor:
-    """As :func:`dropit.ops.reference.mark_inside`."""
+def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """As :func:`dropit.ops.reference.range_bitmask`."""
     if flat.dtype is torch.float64:
-        return reference.mark_inside(flat, lower, upper)  # the bounds reach a kernel in single precision
-    return _mark_op(flat, _rounded(lower, flat.dtype), _rounded(upper, flat.dtype))  # type: ignore[no-any-return]
+        return reference.range_bitmask(flat, lower, upper)  # the bounds reach a kernel in single precision
+    return _range_bitmask_op(flat, _rounded(lower, flat.dtype), _rounded(upper, flat.dtype))  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -452,6 +452,6 @@ def _rounded(bound: float, dtype: torch.dtype) -> float:
     return torch.tensor(bound, dtype=dtype, device="cpu").item()
 
 
-def keep_marked(flat: Tensor, bits: Tensor) -> Tensor:
-    """As :func:`dropit.ops.reference.keep_marked`."""
-    return _keep_op(flat, bits)  # type: ignore[no-any-return]
+def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
+    """As :func:`dropit.ops.reference.apply_bitmask`."""
+    return _apply_bitmask_op(flat, bits)  # type: ignore[no-any-return]

@@ -58,7 +58,7 @@ def test_the_gradient_is_that_of_the_function(name):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("name", [name for name, curve in CURVES.items() if curve.floor])
 def test_to_the_left_of_its_floor_a_function_has_vanished(name, bits):
-    curve, levels = CURVES[name], reference.STEPS[bits][0]
+    curve, levels = CURVES[name], reference.CODES[bits][0]
     floor = curve.floor[bits]
     x = torch.linspace(-100, floor, 10_001, dtype=torch.float64)
     assert CURVES[name].function(x, False).abs().max() < -floor / (2 * levels)
@@ -102,7 +102,7 @@ def test_what_saturates_costs_its_neighbours_nothing(name, dtype, compress, valu
     x[huge] = value
     y, got = gradient(ours, x, grad_output)
     assert torch.equal(y.nan_to_num(), plain(x.clone()).nan_to_num())
-    half_step = (-curve.floor[bits] if curve.floor else 1) / (2 * reference.STEPS[bits][0])
+    half_step = (-curve.floor[bits] if curve.floor else 1) / (2 * reference.CODES[bits][0])
     assert (got - slopes).abs()[~huge].max() <= 1.1 * usual + half_step
     _, exact = gradient(plain, x, grad_output)
     narrowed = ours.packer.narrows(x)

@@ -89,9 +89,9 @@ def test_marks(dtype, monkeypatch):
         monkeypatch.setattr(cpu, "_PIECE", piece)
         flat, grad = awkward(rng, n, dtype), awkward(rng, n, dtype)
         for lower, upper in ((0.0, float("inf")), (-1.0, 0.5)):
-            bits = cpu.mark_inside(flat, lower, upper)
-            assert torch.equal(bits, reference.mark_inside(flat, lower, upper))
-            assert torch.equal(bits_of(cpu.keep_marked(grad, bits)), bits_of(reference.keep_marked(grad, bits)))
+            bits = cpu.range_bitmask(flat, lower, upper)
+            assert torch.equal(bits, reference.range_bitmask(flat, lower, upper))
+            assert torch.equal(bits_of(cpu.apply_bitmask(grad, bits)), bits_of(reference.apply_bitmask(grad, bits)))
 
 
 @pytest.mark.parametrize("strategy", [FastMinK(0.9), FastMinK(0.5), FastMinK(0.9, block_size=1000), MinK(0.9)], ids=str)
