@@ -75,12 +75,7 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
     plain, exact = bytes_held(), gradients(copy.deepcopy(model), batch)
     for part in parts:
         budget = int(part * plain)
-        dropit.to_dropit(
-            model,
-            budget=budget,
-            example_input=inputs,
-            loss_fn=lambda output: criterion(output, labels),
-        )
+        dropit.fit_budget(model, budget, inputs, loss_fn=lambda output: criterion(output, labels))
         ours = "{:.3f} | {:.1e} | {:.1e}".format(bytes_held() / budget, *error())
         others = []
         for compress in COMPRESS:

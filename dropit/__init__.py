@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dropit.convert import COMPRESS, VALUE_DTYPES, Coverage, coverage, from_dropit, to_dropit
-from dropit.layers import LosslessLayer, PackedInputLayer, QuantizedLayer, register
+from dropit.budget import fit_budget
+from dropit.convert import COMPRESS, VALUE_DTYPES, from_dropit, to_dropit
+from dropit.coverage import Coverage, coverage
+from dropit.layers import DropITLayer, register
 from dropit.memory import CacheMeter, estimate_cache
 from dropit.strategies import STRATEGIES
 
@@ -18,11 +20,10 @@ __all__ = [
     "VALUE_DTYPES",
     "CacheMeter",
     "Coverage",
-    "LosslessLayer",
-    "PackedInputLayer",
-    "QuantizedLayer",
+    "DropITLayer",
     "coverage",
     "estimate_cache",
+    "fit_budget",
     "from_dropit",
     "register",
     "to_dropit",

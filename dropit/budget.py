@@ -1,4 +1,4 @@
-"""Spend a budget of bytes where it lowers the gradient's error most.
+"""fit_budget: spend a budget of bytes where it lowers the gradients' error most.
 
 What each way to treat a layer costs is measured (:mod:`dropit.calibration`); the choice of one for each layer with the
 least error in sum is then found exactly, and moved until what the model really holds fits.
@@ -6,15 +6,21 @@ least error in sum is then found exactly, and moved until what the model really 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dropit.calibration import Calibration, Configure, Item, Option, Setting, in_training
+from dropit.calibration import Calibration, Choice, Configure, Item, Option, Setting, in_training
+from dropit.convert import Filter, Targets, find_targets, make_policy, remove_state, state_of, swap_in
+from dropit.policy import SavePolicy
+from dropit.rematerialize import Memo
+from dropit.saver import Saver
 
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 # Where in the range of gamma a step is taken: closer where much is dropped, as there an element more counts most.
@@ -24,6 +30,138 @@ _CLOSE = 0.985  # a part of the budget that is near enough
 _ENOUGH = 0.97  # and one below which errors that do not matter are traded for the rest
 _NEGLIGIBLE = 1e-9  # such an error: gradients are off by 3e-5
 _TRIES = 10
+_LEVELS = (8, 16, 4)  # bits that may be chosen; as Calibration takes them
+
+
+def fit_budget(
+    model: nn.Module,
+    budget: int | str,
+    example_input: Any,
+    *,
+    strategy: str = "fastmink",
+    block_size: int | None = None,
+    per_sample: bool | None = None,
+    value_dtype: torch.dtype | str | None = None,
+    stochastic: bool = False,
+    filter_fn: Filter | None = None,
+    seed: int | None = None,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    gamma_min: float = 0.0,
+    gamma_max: float = 0.98,
+    on_step: Callable[[int, int], None] | None = None,
+) -> nn.Module:
+    """Convert the layers of ``model``, in place, so that a forward pass saves at most ``budget`` bytes.
+
+    For each layer gamma, the dtype of kept values and the number of bits are chosen so that the gradients err least,
+    together and each layer's relative to itself. To measure that, 16 steps on ``example_input`` are taken, and one for
+    each group of layers that quantizes, in training mode; once one does not fit into the GPU's memory, what the steps
+    save waits in the host's. The model's state stays as it was, and hooks on parameters are not called.
+
+    Args:
+        model: The model.
+        budget: Bytes, or text such as "4 GiB".
+        example_input: A batch of the size that the budget is for: a tensor, a tuple of arguments, or a dict of named
+            ones.
+        strategy, block_size, per_sample, stochastic, filter_fn, seed: As in :func:`dropit.to_dropit`.
+        value_dtype: What kept values are stored in, where a layer does not keep them as they are; None for int8.
+        loss_fn: The loss, of the model's output; None for a Hugging Face output's own, or the mean of the squares.
+        gamma_min, gamma_max: The range of gamma, 0 <= gamma_min <= gamma_max < 1.
+        on_step: Called after each step with its number and how many there are, to show progress.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If an argument is out of range, no layer could be converted, or the least that the model can save is
+            more than the budget; the model is then as it was.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 8))
+        >>> model = fit_budget(model, "20 KB", torch.randn(64, 64))
+    """
+    nbytes = parse_bytes(budget)
+    if not 0 <= gamma_min <= gamma_max < 1:
+        raise ValueError(f"0 <= gamma_min <= gamma_max < 1 is needed, got {gamma_min} and {gamma_max}")
+    policy = make_policy(
+        strategy,
+        gamma_max,
+        block_size=block_size,
+        per_sample=per_sample,
+        value_dtype=value_dtype,
+        compress="int8",
+        stochastic=stochastic,
+        seed=seed,
+    )
+    targets = find_targets(model, filter_fn)
+    before = [(module, type(module), state_of(module)) for module, _ in targets.values()]
+    # With random numbers of their own, layers leave dropout's alone: steps differ in nothing but the setting.
+    measured = _with_seed(policy, 0) if policy.is_random and seed is None else policy
+    try:
+        _configure(targets, measured, dict.fromkeys(targets, Choice(gamma_max, policy.value_dtype, 8)))
+        setting = fit(
+            model,
+            nbytes,
+            lambda setting: _configure(targets, measured, setting),
+            lambda: _call(model, example_input),
+            loss_fn or _some_loss,
+            gamma_min=gamma_min,
+            gamma_max=gamma_max,
+            value_dtype=policy.value_dtype or torch.int8,
+            levels=_LEVELS,
+            on_step=on_step,
+        )
+    except BaseException:
+        for module, kind, state in before:
+            remove_state(module)
+            module.__class__ = kind  # type: ignore[assignment]
+            vars(module).update(state)
+        raise
+    _configure(targets, policy, setting)
+    return model
+
+
+def _with_seed(policy: SavePolicy, seed: int) -> SavePolicy:
+    if policy.stochastic:
+        policy = dataclasses.replace(policy, seed=seed)
+    if hasattr(policy.strategy, "seed"):
+        policy = dataclasses.replace(policy, strategy=dataclasses.replace(policy.strategy, seed=seed))  # type: ignore[call-arg]
+    return policy
+
+
+def _configure(targets: Targets, policy: SavePolicy, setting: Setting) -> None:
+    """Convert each layer to a policy of its own choice, with a memo that all share."""
+    memo = Memo()
+    for fqn, (module, swap) in targets.items():
+        choice = setting.get(fqn, Choice())
+        wanted = swap.drops_input or not swap.quantizes or choice.bits is not None
+        swap_in(module, swap if wanted else None, Saver(policy.replaced(**choice._asdict()), memo, fqn))
+
+
+def _call(model: nn.Module, example: Any) -> Any:
+    example = _copied(dict(example) if isinstance(example, Mapping) else example)
+    if isinstance(example, dict):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def _copied(example: Any) -> Any:
+    """Return tensors that a model may change in place, and leaves of no graph; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(x: Tensor) -> Tensor:
+        if id(x) not in copies:
+            dense = x.layout is torch.strided and 0 not in x.stride()  # or it cannot be changed in place
+            copies[id(x)] = (x.detach().clone() if dense else x.detach()).requires_grad_(x.requires_grad)
+        return copies[id(x)]
+
+    return tree_map_only(Tensor, copied, example)
+
+
+def _some_loss(output: Any) -> Tensor:
+    if getattr(output, "loss", None) is not None:
+        return output.loss  # type: ignore[no-any-return]
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.float().square().mean() for leaf in tensors]).sum()
 
 
 def parse_bytes(given: int | str) -> int:

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
-from dropit.layers import PackedInputLayer, QuantizedLayer, is_converted
-from dropit.layers.attention import DropITMultiheadAttention
+from dropit.layers import is_converted
 from dropit.memory import CacheMeter
 
 _BETWEEN = 8  # values of gamma from one step's to the next's
@@ -84,10 +83,9 @@ class Calibration:
     ) -> None:
         self._model, self._configure, self._forward, self._loss_fn = model, configure, forward, loss_fn
         self._gammas, self._value_dtype, self._levels, self._on_step = gammas, value_dtype, levels, on_step
-        named = {fqn: module for fqn, module in model.named_modules() if is_converted(module)}
-        self._packing = [fqn for fqn, module in named.items() if isinstance(module, PackedInputLayer)]
-        quantizing = (QuantizedLayer, DropITMultiheadAttention)
-        self._quantizing = [fqn for fqn, module in named.items() if isinstance(module, quantizing)]
+        named: dict[str, Any] = {fqn: module for fqn, module in model.named_modules() if is_converted(module)}
+        self._packing = [fqn for fqn, module in named.items() if module.drops_input]
+        self._quantizing = [fqn for fqn, module in named.items() if module.quantizes]
         self._weights: dict[str, float] = {}  # of each layer's error
         self._offloads = False  # what a step saves waits in the host's memory
         self._steps = self._taken = 0

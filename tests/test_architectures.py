@@ -12,7 +12,6 @@ from torch import nn
 
 import dropit
 from benchmarks.architectures import ARCHITECTURES
-from dropit.layers import PackedInputLayer
 
 
 def step(model, loss_of):
@@ -37,7 +36,7 @@ def counted_calls(model):
     handles = [
         module.register_forward_hook(lambda *_, fqn=fqn: calls.update([fqn]))
         for fqn, module in model.named_modules()
-        if isinstance(module, PackedInputLayer)
+        if getattr(module, "drops_input", False)
     ]
     yield calls
     for handle in handles:
@@ -59,7 +58,7 @@ def check_coverage(model, meter, calls, nodes):
     """The report names the layers that drop: those that were called, and whose gradient the loss asks for."""
     report = dropit.coverage(model, meter)
     layers = {row.fqn: model.get_submodule(row.fqn) for row in report if row.status.startswith("converted")}
-    packing = {fqn: layer for fqn, layer in layers.items() if isinstance(layer, PackedInputLayer)}
+    packing = {fqn: layer for fqn, layer in layers.items() if layer.drops_input}
     assert {row.fqn for row in report if row.fqn in packing and "not called" not in row.note} == calls.keys()
     attentions = sum(isinstance(layer, nn.MultiheadAttention) for layer in packing.values())
     others = [fqn for fqn in calls if not isinstance(packing[fqn], nn.MultiheadAttention)]

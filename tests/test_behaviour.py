@@ -148,7 +148,7 @@ def test_functional_call_and_func_grad(make, x, expected, monkeypatch):
         return torch.func.functional_call(model, parameters, (x,)).sum()
 
     assert equal(torch.autograd.grad(loss(parameters, x), list(parameters.values())), expected)
-    monkeypatch.setattr("dropit.stored.is_traced", lambda: True)  # under torch.func each layer stores its own
+    monkeypatch.setattr("dropit.rematerialize.is_traced", lambda: True)  # under torch.func each layer stores its own
     alone = torch.autograd.grad(loss(parameters, x), list(parameters.values()))
     assert equal(torch.func.grad(loss)(parameters, x).values(), alone)
 
@@ -283,7 +283,7 @@ def bytes_held(model, forward, x):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COMPILED)
 def test_it_compiles_whole_to_the_same_gradients_and_holds_no_more(name, backend, monkeypatch):
-    monkeypatch.setattr("dropit.stored.is_traced", lambda: True)  # in a graph each layer stores its own
+    monkeypatch.setattr("dropit.rematerialize.is_traced", lambda: True)  # in a graph each layer stores its own
     make, shape = COMPILED[name]
     x = torch.randn(shape)
     model = make()

@@ -19,7 +19,9 @@ def held(model, x):
 
 
 def gammas(model):
-    return {fqn: module.strategy.gamma for fqn, module in model.named_modules() if hasattr(module, "strategy")}
+    return {
+        fqn: module.strategy.gamma for fqn, module in model.named_modules() if getattr(module, "drops_input", False)
+    }
 
 
 class Tied(nn.Module):
@@ -38,7 +40,7 @@ def test_dropping_costs_something_where_weights_are_shared():
     """With bytes to spare all is kept; what seemed to cost nothing would be dropped."""
     torch.manual_seed(0)
     model = Tied()
-    dropit.to_dropit(model, budget="1 GiB", example_input=torch.randint(50, (16, 32)))
+    dropit.fit_budget(model, "1 GiB", torch.randint(50, (16, 32)))
     assert gammas(model) == {"body": 0.0, "head": 0.0}
 
 
@@ -58,7 +60,7 @@ def test_a_head_that_starts_at_zero_hides_nothing_under_autocast():
     nn.init.zeros_(model[4].weight)
     with torch.autocast("cpu", torch.bfloat16):
         example = torch.randn(64, 64)
-        dropit.to_dropit(model, budget="1 GiB", example_input=example, filter_fn=lambda module, fqn: fqn != "4")
+        dropit.fit_budget(model, "1 GiB", example, filter_fn=lambda module, fqn: fqn != "4")
     assert gammas(model) == {"0": 0.0, "2": 0.0}
 
 
@@ -78,7 +80,7 @@ def test_random_numbers_of_layers_leave_dropouts_as_they_are(options, monkeypatc
 
     monkeypatch.setattr(dropit.budget, "Plan", Seen)
     for seed in (None, 0):
-        dropit.to_dropit(model, budget="1 GiB", example_input=torch.ones(64, 64), seed=seed, **options)
+        dropit.fit_budget(model, "1 GiB", torch.ones(64, 64), seed=seed, **options)
     assert seen[0] == seen[1]
 
 
@@ -109,7 +111,7 @@ def test_layers_whose_gradients_are_small_are_not_given_up():
         return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.dim() > 1}
 
     exact = gradients(copy.deepcopy(model))
-    dropit.to_dropit(model, budget=int(0.16 * held(model, x)), example_input=x, loss_fn=loss_fn)
+    dropit.fit_budget(model, int(0.16 * held(model, x)), x, loss_fn=loss_fn)
     for name, gradient in gradients(model).items():
         assert (gradient - exact[name]).norm() < 0.02 * exact[name].norm(), name
 
@@ -117,7 +119,7 @@ def test_layers_whose_gradients_are_small_are_not_given_up():
 def test_after_an_error_the_model_is_plain():
     model, x = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), torch.randn(64, 64)
     with pytest.raises(ValueError, match="cannot be met"):
-        dropit.to_dropit(model, budget=100, example_input=x)
+        dropit.fit_budget(model, 100, x)
     assert [type(layer) for layer in model] == [nn.Linear, nn.GELU, nn.Linear]
 
 
@@ -173,7 +175,7 @@ def test_it_leaves_no_trace_in_modules_that_change_as_they_run():
     model, x = Busy(), torch.randn(64, 64)
     model.body.weight.grad = torch.ones(64, 64)
     before, kept, numbers = observed(model), x.clone(), model.numbers.get_state()
-    dropit.to_dropit(model, budget="1 GiB", example_input=x)
+    dropit.fit_budget(model, "1 GiB", x)
     assert_same(before, observed(model))
     assert torch.equal(x, kept)
     assert torch.equal(model.numbers.get_state(), numbers)
@@ -183,7 +185,7 @@ def test_the_example_gets_no_gradient_and_may_come_out_of_another_graph():
     torch.manual_seed(0)
     model, leaf = nn.Linear(64, 64), torch.randn(32, 64, requires_grad=True)
     for example in (leaf, leaf * 2):
-        dropit.to_dropit(model, budget="1 GiB", example_input=example)
+        dropit.fit_budget(model, "1 GiB", example)
     assert leaf.grad is None
 
 
@@ -192,7 +194,7 @@ def test_a_tensor_that_is_given_twice_is_one_in_the_measurement():
     x = torch.randn(16, 4, 64)
     seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0] is inputs[1] is inputs[2]))
-    dropit.to_dropit(model, budget="1 GiB", example_input=(x, x, x))
+    dropit.fit_budget(model, "1 GiB", (x, x, x))
     assert seen
     assert all(seen)
 
@@ -231,12 +233,12 @@ def test_hooks_of_parameters_do_not_run(reentrant, fails):
 
     before, steps = [p.detach().clone() for p in leaves], []
     x = torch.randn(32, 64, requires_grad=True)
-    options = {"budget": "1 GiB", "example_input": x, "loss_fn": loss_fn, "on_step": lambda *step: steps.append(step)}
+    options = {"loss_fn": loss_fn, "on_step": lambda *step: steps.append(step)}
     if fails:
         with pytest.raises(ZeroDivisionError):
-            dropit.to_dropit(Checkpointed(), **options)
+            dropit.fit_budget(Checkpointed(), "1 GiB", x, **options)
     else:
-        dropit.to_dropit(Checkpointed(), **options)
+        dropit.fit_budget(Checkpointed(), "1 GiB", x, **options)
     assert calls == []
     assert all(p.grad is None and torch.equal(p, old) for p, old in zip(leaves, before, strict=True))
     assert not any(optimizer.state for optimizer in optimizers.values())
@@ -256,11 +258,11 @@ def test_a_model_in_eval_mode_is_measured_in_training_mode():
     x = torch.randn(256, 64)
     plain = held(copy.deepcopy(model).train(), x)
     statistics = model[1].running_mean.clone()
-    dropit.to_dropit(model, budget="1 GiB", example_input=x)
+    dropit.fit_budget(model, "1 GiB", x)
     assert gammas(model) == {"0": 0.0, "3": 0.0}
     assert not any(module.training for module in model.modules())
     assert torch.equal(model[1].running_mean, statistics)
-    dropit.to_dropit(model, budget=int(0.4 * plain), example_input=x)
+    dropit.fit_budget(model, int(0.4 * plain), x)
     assert not any(module.training for module in model.modules())
     assert held(model.train(), x) <= 0.4 * plain
 
@@ -270,7 +272,7 @@ def test_parts_in_eval_mode_stay_in_it():
     model[1].eval()
     seen = []
     model[1].register_forward_hook(lambda module, *_: seen.append(module.training))
-    dropit.to_dropit(model, budget="1 GiB", example_input=torch.randn(64, 64))
+    dropit.fit_budget(model, "1 GiB", torch.randn(64, 64))
     assert seen
     assert not any(seen)
     assert [module.training for module in model] == [True, False, True, True]
@@ -284,7 +286,7 @@ def test_what_a_models_train_freezes_is_free_again():
             return self
 
     model = Freezing(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
-    dropit.to_dropit(model, budget="1 GiB", example_input=torch.randn(32, 64))
+    dropit.fit_budget(model, "1 GiB", torch.randn(32, 64))
     assert not model.training
     assert not model[0].training
     assert model[0].weight.requires_grad
@@ -293,7 +295,7 @@ def test_what_a_models_train_freezes_is_free_again():
 def test_it_measures_gradients_where_none_are_wanted():
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
     with torch.no_grad():
-        dropit.to_dropit(model, budget="1 GiB", example_input=torch.randn(32, 64))
+        dropit.fit_budget(model, "1 GiB", torch.randn(32, 64))
     assert gammas(model) == {"0": 0.0, "2": 0.0}
 
 
@@ -302,7 +304,7 @@ def test_a_weight_that_starts_at_zero_is_the_same_afterwards():
     nn.init.constant_(model[2].weight, -0.0)
     x = torch.randn(32, 64)
     before, address = observed(model), model[2].weight.data_ptr()
-    dropit.to_dropit(model, budget="1 GiB", example_input=x)
+    dropit.fit_budget(model, "1 GiB", x)
     assert_same(before, observed(model))
     assert model[2].weight.data_ptr() == address
     assert model[2].weight.signbit().all()
@@ -312,5 +314,5 @@ def test_a_budget_that_cannot_be_met_leaves_a_converted_model_as_it_was():
     model = dropit.to_dropit(nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)), gamma=0.7)
     before = repr(model)
     with pytest.raises(ValueError, match="cannot be met"):
-        dropit.to_dropit(model, budget=100, example_input=torch.randn(64, 64))
+        dropit.fit_budget(model, 100, torch.randn(64, 64))
     assert repr(model) == before

@@ -190,8 +190,8 @@ def assert_same_gradients(compiled, eager, x, tolerance):
 @pytest.fixture
 def _alone(monkeypatch):
     """Compiled layers store each for itself, and so do the eager ones here; inductor draws eager code's numbers."""
-    monkeypatch.setattr("dropit.stored.is_traced", lambda: True)
-    monkeypatch.setattr("dropit.packer.is_traced", lambda: True)
+    monkeypatch.setattr("dropit.rematerialize.is_traced", lambda: True)
+    monkeypatch.setattr("dropit.saver.is_traced", lambda: True)
     with inductor.patch(fallback_random=True):
         yield
 

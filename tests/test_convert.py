@@ -89,17 +89,17 @@ def test_an_unknown_way_to_compress_is_refused():
 def test_int8_and_int4_quantize_what_other_layers_keep():
     model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.GELU(), nn.ReLU())
     assert converted(dropit.to_dropit(model, compress="int4")) == ["0", "1", "2", "3"]
-    assert model[1].packer.bits == 4
+    assert model[1].saver.bits == 4
     assert "bits=4" in repr(model[1])
     assert dropit.coverage(model).converted == 4
     dropit.to_dropit(model, compress="int8")
-    assert model[1].packer.bits == 8
+    assert model[1].saver.bits == 8
     dropit.to_dropit(model, compress="lossless")
     assert converted(model) == ["0", "3"]
     assert "compress=" in dropit.coverage(model)[1].status
     dropit.from_dropit(dropit.to_dropit(model, compress="int8"))
     assert [type(module) for module in model] == [nn.Linear, nn.LayerNorm, nn.GELU, nn.ReLU]
-    assert "packer" not in vars(model[1])
+    assert "saver" not in vars(model[1])
 
 
 def test_stochastic_rounding_needs_something_to_round():
@@ -111,7 +111,7 @@ def test_stochastic_rounding_needs_something_to_round():
 def test_the_seed_goes_to_whoever_draws(strategy):
     model = dropit.to_dropit(small_net(), strategy, compress="int8", stochastic=True, seed=5)
     assert getattr(model[0].strategy, "seed", 5) == 5
-    assert "stochastically" in repr(model[0].packer)
+    assert "stochastically" in repr(model[0].saver)
 
 
 @pytest.mark.parametrize("given", ["int8", torch.int8])
@@ -279,9 +279,9 @@ def test_a_subclass_with_its_parents_forward_is_converted_and_can_be_copied(dupl
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.Linear, "is not a subclass of PackedInputLayer, LosslessLayer or QuantizedLayer"),
-        (type("Half", (dropit.PackedInputLayer,), {}), "Half.plain must be the class that it takes the place of"),
-        (type("Other", (dropit.PackedInputLayer,), {"plain": nn.Linear}), "got <class 'torch.nn.*Linear'>"),
+        (nn.Linear, "is not a subclass of DropITLayer"),
+        (type("Half", (dropit.DropITLayer,), {}), "Half.plain must be the class that it takes the place of"),
+        (type("Other", (dropit.DropITLayer,), {"plain": nn.Linear}), "got <class 'torch.nn.*Linear'>"),
     ],
 )
 def test_a_class_that_cannot_swap_in_is_refused(layer, message):
@@ -567,7 +567,7 @@ def test_accelerates_hooks_are_seen():
 class Named(nn.Linear):
     """It has what DropIT calls its own things by."""
 
-    packer = "class attribute"
+    saver = "class attribute"
     plain = True
 
     def __init__(self, *sizes):
@@ -589,17 +589,17 @@ class Forwarding(nn.Linear):
 
 
 def with_attributes(layer):
-    layer.packer, layer.strategy, layer.plain = "mine", 3, None
+    layer.saver, layer.strategy, layer.plain = "mine", 3, None
     return layer
 
 
 def with_modules(layer):
-    layer.packer, layer.strategy = nn.ReLU(), nn.Linear(2, 2)
+    layer.saver, layer.strategy = nn.ReLU(), nn.Linear(2, 2)
     return layer
 
 
 def with_tensors(layer):
-    layer.packer = nn.Parameter(torch.ones(2))
+    layer.saver = nn.Parameter(torch.ones(2))
     layer.register_buffer("strategy", torch.ones(3))
     return layer
 
@@ -615,11 +615,11 @@ OWNERS = {
 
 
 @pytest.mark.parametrize("make", OWNERS.values(), ids=OWNERS)
-def test_what_a_layer_calls_packer_or_strategy_itself_stays_its_own(make):
+def test_what_a_layer_calls_saver_or_strategy_itself_stays_its_own(make):
     torch.manual_seed(0)
     layer, x = make(), torch.randn(40, 64)
     text, attributes, kind = repr(layer), dict(vars(layer)), type(layer)
-    before = {name: getattr(layer, name, None) for name in ("packer", "strategy", "plain")}
+    before = {name: getattr(layer, name, None) for name in ("saver", "strategy", "plain")}
     keys, size = list(layer.state_dict()), held(layer, x)
     for model in (dropit.to_dropit(layer, gamma=0.9), copy.deepcopy(layer)):
         assert dropit.coverage(model)[0].status == "converted"
@@ -637,8 +637,8 @@ def test_names_of_ones_own_can_be_set_on_a_converted_layer():
     layer.strategy = "new"
     assert (layer.strategy, layer.kind) == ("new", "new")
     layer = dropit.to_dropit(nn.Linear(64, 8))
-    layer.strategy = layer.packer = 5
-    assert (layer.strategy, layer.packer) == (5, 5)
+    layer.strategy = layer.saver = 5
+    assert (layer.strategy, layer.saver) == (5, 5)
     assert dropit.coverage(layer)[0].status == "converted"
     del layer.strategy
     assert layer.strategy == FastMinK(0.9)
@@ -646,19 +646,19 @@ def test_names_of_ones_own_can_be_set_on_a_converted_layer():
 
 def test_a_layer_whose_own_names_are_in_the_way_is_left_alone():
     class Packing(nn.Linear):
-        def packs(self):
+        def saves(self):
             return "boxes"
 
     layer = nn.Linear(8, 8)
     layer.saves = True
     model = dropit.to_dropit(nn.Sequential(Packing(8, 8), layer, nn.Linear(8, 8)))
     assert [row.status for row in dropit.coverage(model)] == [
-        "not converted: its own 'packs' is a name that DropIT's layer needs",
+        "not converted: its own 'saves' is a name that DropIT's layer needs",
         "not converted: its own 'saves' is a name that DropIT's layer needs",
         "converted",
     ]
     model(torch.randn(4, 8)).sum().backward()
-    assert model[0].packs() == "boxes"
+    assert model[0].saves() == "boxes"
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
@@ -806,7 +806,7 @@ def test_lazy_layers_wait_for_another_time():
     model(x)
     assert dropit.coverage(dropit.to_dropit(model)).converted == 2
     model = nn.Sequential(nn.Linear(8, 8), nn.LazyLinear(8), nn.LazyBatchNorm1d())
-    assert dropit.coverage(dropit.to_dropit(model, budget="1 GiB", example_input=x)).converted == 1
+    assert dropit.coverage(dropit.fit_budget(model, "1 GiB", x)).converted == 1
 
 
 @pytest.mark.parametrize("order", ["convert shard", "shard convert"])

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import dropit
 from tests import processes
@@ -17,37 +18,56 @@ MAY_IMPORT = {
     "dropit.ops": {"dropit.packed", "dropit.tracing"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
     "dropit.snapshot": {"dropit.tracing"},
-    "dropit.stored": {"dropit.packed", "dropit.ops", "dropit.snapshot", "dropit.tracing"},
-    "dropit.packer": {
+    "dropit.saved": {"dropit.packed", "dropit.ops"},
+    "dropit.policy": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.tracing"},
+    "dropit.rematerialize": {"dropit.packed", "dropit.saved", "dropit.snapshot", "dropit.tracing"},
+    "dropit.saver": {
         "dropit.packed",
         "dropit.ops",
         "dropit.strategies",
         "dropit.snapshot",
-        "dropit.stored",
+        "dropit.saved",
+        "dropit.policy",
+        "dropit.rematerialize",
         "dropit.tracing",
     },
     "dropit.layers": {
         "dropit.packed",
         "dropit.ops",
-        "dropit.strategies",
-        "dropit.stored",
-        "dropit.packer",
+        "dropit.saved",
+        "dropit.rematerialize",
+        "dropit.saver",
         "dropit.tracing",
     },
-    "dropit.calibration": {"dropit.layers", "dropit.memory"},
-    "dropit.budget": {"dropit.calibration"},
+    "dropit.coverage": {"dropit.layers", "dropit.memory"},
     "dropit.convert": {
-        "dropit.calibration",
-        "dropit.budget",
         "dropit.layers",
         "dropit.strategies",
-        "dropit.packer",
-        "dropit.memory",
+        "dropit.policy",
+        "dropit.rematerialize",
+        "dropit.saver",
+        "dropit.coverage",
+    },
+    "dropit.calibration": {"dropit.layers", "dropit.memory"},
+    "dropit.budget": {
+        "dropit.calibration",
+        "dropit.convert",
+        "dropit.policy",
+        "dropit.rematerialize",
+        "dropit.saver",
     },
     "dropit.ledger": set(),
     "dropit.memory": {"dropit.ledger"},
     "dropit.lightning": {"dropit.convert", "dropit.memory"},
-    "dropit": {"dropit.convert", "dropit.layers", "dropit.lightning", "dropit.memory", "dropit.strategies"},
+    "dropit": {
+        "dropit.budget",
+        "dropit.convert",
+        "dropit.coverage",
+        "dropit.layers",
+        "dropit.lightning",
+        "dropit.memory",
+        "dropit.strategies",
+    },
 }
 
 
@@ -104,3 +124,36 @@ def test_the_config_stops_at_the_border():
     """Models, data, module, schedules and callbacks take plain arguments."""
     knowing = {path.stem for path in TRAINING if any(name.startswith("yacs") for name in imports(path))}
     assert knowing <= {"config", "builders", "checkpoints", "runs"}
+
+
+def test_a_linear_reaches_the_kernel_within_six_frames(monkeypatch):
+    from dropit.ops import cpu
+
+    def pack_largest(*args):
+        names = []
+        frame = sys._getframe()
+        while frame.f_code.co_qualname != "DropITLinear.forward":
+            names.append(frame.f_code.co_name)
+            frame = frame.f_back
+        seen.append([frame.f_code.co_name, *reversed(names)])
+        return real(*args)
+
+    seen, real = [], cpu.pack_largest
+    monkeypatch.setattr(cpu, "pack_largest", pack_largest)
+    dropit.to_dropit(torch.nn.Linear(256, 256))(torch.randn(256, 256, requires_grad=True))
+    assert seen == [["forward", "dropit_linear", "save", "pack", "pack_largest"]]
+
+
+def test_nothing_mutable_lives_in_a_module_of_the_core_but_the_registry():
+    """What the layers of a model share belongs to the model."""
+    registry = {"SWAPS", "_PLAIN", "CALLERS"}
+    for path in CORE:
+        for node in ast.parse(path.read_text()).body:
+            value = getattr(node, "value", None)
+            empty = isinstance(value, (ast.Dict, ast.List)) and not getattr(value, "keys", getattr(value, "elts", None))
+            called = isinstance(value, ast.Call) and ast.unparse(value.func).endswith(
+                ("Dictionary", "dict", "list", "set")
+            )
+            if isinstance(node, (ast.Assign, ast.AnnAssign)) and (empty or called):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                assert target.id in registry, f"{path}: {target.id}"

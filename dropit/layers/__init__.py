@@ -12,7 +12,7 @@ from dropit.layers import (
     relu,
     transformer,
 )
-from dropit.layers.layer import DropITLayer, LosslessLayer, PackedInputLayer, QuantizedLayer, is_converted
+from dropit.layers.layer import DropITLayer, is_converted
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import (
     PARTS_OF_FORWARD,
@@ -30,9 +30,6 @@ __all__ = [
     "PARTS_OF_FORWARD",
     "SWAPS",
     "DropITLayer",
-    "LosslessLayer",
-    "PackedInputLayer",
-    "QuantizedLayer",
     "activation",
     "attention",
     "avg_pool",

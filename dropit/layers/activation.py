@@ -1,15 +1,15 @@
-"""Smooth activations: the input is kept in few bits, or not at all where a normalization's bits give it back.
+"""Smooth activations: the input is saved in few bits, or not at all where a normalization rematerializes it.
 
-The derivative alone could be kept with less error (a known range, no scales: on normal inputs GELU's gradient is off by
-0.2 % with 8 bits and 3.9 % with 4, from a quantized input by 0.5 % and 8.4 %). But from the input the output comes back
-as well, which the next layer reads: one form for both, where it would take half as much again to store the output, with
-nine in ten of its elements dropped.
+The derivative alone could be saved with less error (a known range, no scales: on normal inputs GELU's gradient is off
+by 0.2 % with 8 bits and 3.9 % with 4, from a quantized input by 0.5 % and 8.4 %). But from the input the output can be
+computed as well, which the next layer reads: to save the output too, with nine in ten of its elements dropped, would
+take half as much again.
 
-What saturates is stored where it does not, so that a huge element, or an infinite one, costs the others of its group no
-precision. Sigmoid and tanh keep their output, as PyTorch does. The others vanish to the left: their input is bounded
-from below, where what that changes of output and derivative is less than rounding to so many bits does. To the right
-they are the identity, and what is kept of an element is off by what :func:`dropit.ops.reference.quantize` says: half a
-step, of those from zero to the largest finite magnitude of its group of 32.
+Where an activation saturates, what is saved is bounded, so that a huge element, or an infinite one, costs the others of
+its group no precision. Sigmoid and tanh save their output, as PyTorch does. The others vanish to the left: their input
+is bounded from below, where that changes output and derivative by less than rounding to so many bits does. To the right
+they are the identity, and an element is off by what :func:`dropit.ops.reference.quantize` says: by half of what a code
+stands for, relative to the largest finite magnitude of its group of 32.
 """
 
 from __future__ import annotations
@@ -23,17 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.layer import (
-    LayerFunction,
-    QuantizedLayer,
-    anchor,
-    first_order_only,
-    none_for_none,
-    without_zeros,
-)
-from dropit.layers.table import register
-from dropit.packer import Packer
-from dropit.stored import Stored, offer, offered
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.table import swap_class
+from dropit.saved import Recipe, Saved
+from dropit.saver import Saver
 from dropit.tracing import is_traced
 
 _aten = torch.ops.aten
@@ -46,7 +40,7 @@ class Curve(NamedTuple):
     less than 1 / (2 steps), which is 0.071 in 4 bits, 0.0039 in 8, 1.5e-5 in 16, and f less than half a step of a group
     that has such an element: no more than rounding changes them elsewhere.
 
-    ``center``: where f is bounded from both sides, the middle of its range. y is stored then, from there, and
+    ``center``: where f is bounded from both sides, the middle of its range. y is saved then, relative to it, and
     ``backward`` takes y in the place of x.
     """
 
@@ -90,7 +84,7 @@ CURVES: dict[str, Curve] = {
 
 
 class DropITActivationFunction(LayerFunction):
-    """y = f(x). The gradient is that at what x, or y where that is what the curve goes by, is restored to."""
+    """y = f(x). The gradient is computed from x, or from y where the curve's is a function of y, as it is restored."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -99,8 +93,8 @@ class DropITActivationFunction(LayerFunction):
         name: str,
         inplace: bool,
         anchor: Tensor | None,
-        restore: Callable[..., Tensor],
-        *stored: Tensor | None,
+        recipe: Recipe,
+        *saved: Tensor | None,
     ) -> Tensor:
         """The plain forward, or ``output`` where it has been computed."""
         if output is not None:
@@ -110,25 +104,26 @@ class DropITActivationFunction(LayerFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what is stored of the input or of the output."""
+        """Save what restores the input or the output."""
         without_zeros(ctx)
-        input, computed, ctx.curve, inplace, anchor, ctx.restore, *stored = inputs
+        input, computed, ctx.curve, inplace, anchor, ctx.recipe, *saved = inputs
         if inplace or computed is not None:
             ctx.mark_dirty(input if inplace else computed)
-        ctx.save_for_backward(anchor, *stored)
+        ctx.save_for_backward(anchor, *saved)
 
     @staticmethod
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output * f'(x)."""
-        anchor, *stored = ctx.saved_tensors  # which a checkpoint lets be read once
-        grad_input = CURVES[ctx.curve].backward(grad_output, ctx.restore(*stored))
-        return first_order_only(grad_input, anchor), None, None, None, None, None, *[None] * len(stored)
+        anchor, *saved = ctx.saved_tensors  # which a checkpoint lets be read once
+        grad_input = CURVES[ctx.curve].backward(grad_output, ctx.recipe.restore(*saved))
+        return first_order_only(grad_input, anchor), None, None, None, None, None, *[None] * len(saved)
 
 
-class DropITActivation(QuantizedLayer):
+class DropITActivation(DropITLayer):
     """Base of the activations. ``curve`` names the one it computes, in CURVES; None computes it as PyTorch does."""
 
+    quantizes = True
     curve: str | None
     inplace = False
 
@@ -136,9 +131,9 @@ class DropITActivation(QuantizedLayer):
         """input: any shape."""
         if self.curve is None or not input.is_floating_point():
             return super().forward(input)  # type: ignore[no-any-return, misc]
-        if not self.packs(input) or _is_part(input):
-            return self.passes_on(super().forward(input))  # type: ignore[misc]
-        return dropit_activation(input, self.curve, self._dropit_packer, inplace=self.inplace)
+        if not self.saves(input) or _is_part(input):
+            return self.publish_unsaved(super().forward(input))  # type: ignore[misc]
+        return dropit_activation(input, self.curve, self._dropit_saver, inplace=self.inplace)
 
 
 def _is_part(input: Tensor) -> bool:
@@ -146,46 +141,49 @@ def _is_part(input: Tensor) -> bool:
     return not is_traced() and input.untyped_storage().nbytes() > input.nbytes
 
 
-def dropit_activation(input: Tensor, name: str, packer: Packer, *, inplace: bool = False) -> Tensor:
-    """The activation called ``name`` in CURVES, whose input or output is kept in ``packer.bits`` bits."""
+def dropit_activation(input: Tensor, name: str, saver: Saver, *, inplace: bool = False) -> Tensor:
+    """Compute the activation called ``name`` in CURVES, and save its input or output in ``saver.bits`` bits."""
     if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
-        return input.copy_(dropit_activation(input.clone(), name, packer))
-    curve, known = CURVES[name], offered(input)
-    given = known is not None and known.stored is not None
+        return input.copy_(dropit_activation(input.clone(), name, saver))
+    curve, published = CURVES[name], saver.memo.published(input)
+    rematerialized = published is not None and published.saved is not None
     if curve.center is not None:
-        return _bounded_activation(input, name, packer, given)
-    overwritten = inplace and not packer.narrows(input)  # what would be kept as it is
-    if given or overwritten:
-        stored = packer.store_all(input.clone() if overwritten else input)
+        return _bounded_activation(input, name, saver, rematerialized)
+    overwritten = inplace and not saver.policy.narrows(input)  # which would be saved as it is
+    if rematerialized or overwritten:
+        saved = saver.save_whole(input.clone() if overwritten else input)
     else:
-        stored = _store_input(input, curve, packer)
-    output = DropITActivationFunction.apply(input, None, name, inplace, anchor(input), stored.restore, *stored.tensors)
-    return offer(output, packer.offer(stored.then(partial(_again, name))))
+        saved = _save_input(input, curve, saver)
+    output = DropITActivationFunction.apply(input, None, name, inplace, anchor(input), saved.recipe, *saved.tensors)
+    return saver.publish(output, saved.map(name, partial(_again, name)))
 
 
-def _bounded_activation(input: Tensor, name: str, packer: Packer, given: bool) -> Tensor:
-    """The same where the output is what tells the derivative; ``given``: whether another layer gives the input back."""
+def _bounded_activation(input: Tensor, name: str, saver: Saver, rematerialized: bool) -> Tensor:
+    """Compute one whose derivative is a function of the output.
+
+    ``rematerialized``: whether the input comes from what another layer saves.
+    """
     curve = CURVES[name]
     assert curve.center is not None
-    if not given and not packer.narrows(input):  # PyTorch keeps the output, and no more
+    if not rematerialized and not saver.policy.narrows(input):  # PyTorch saves the output, and no more
         output = curve.function(input, False)
-        return offer(output, packer.offer(Stored.of(packer.quantize(output))))
+        return saver.publish(output, Saved.of(saver.quantize(output), "output"))
     output = curve.function(input.detach(), False)
-    if given:
-        stored = packer.store_all(input).then(partial(_again, name))
+    if rematerialized:
+        saved = saver.save_whole(input).map(name, partial(_again, name))
     else:
-        # The derivative is the largest in the center, where the steps lie the same to both sides.
-        stored = Stored.of(packer.quantize(output - curve.center if curve.center else output))
-        stored = stored.then(partial(_from_center, curve.center))
-    output = DropITActivationFunction.apply(input, output, name, False, anchor(input), stored.restore, *stored.tensors)
-    return offer(output, packer.offer(stored))
+        # The derivative is the largest in the center, where the codes lie the same to both sides.
+        saved = Saved.of(saver.quantize(output - curve.center if curve.center else output), "output")
+        saved = saved.map("from center", partial(_from_center, curve.center))
+    output = DropITActivationFunction.apply(input, output, name, False, anchor(input), saved.recipe, *saved.tensors)
+    return saver.publish(output, saved)
 
 
-def _store_input(x: Tensor, curve: Curve, packer: Packer) -> Stored:
-    """``x``, but for what makes no difference: one that is not narrowed is kept as it is."""
-    if curve.floor is None or packer.bits is None or not packer.narrows(x):
-        return packer.store_all(x)
-    return Stored.of(packer.quantize(x.detach().clamp(min=curve.floor[packer.bits])))
+def _save_input(x: Tensor, curve: Curve, saver: Saver) -> Saved:
+    """Return what to save of ``x``: as it is where it is not narrowed, else bounded where that makes no difference."""
+    if curve.floor is None or saver.bits is None or not saver.policy.narrows(x):
+        return saver.save_whole(x)
+    return Saved.of(saver.quantize(x.detach().clamp(min=curve.floor[saver.bits])))
 
 
 def _from_center(center: float, distance: Tensor) -> Tensor:
@@ -197,53 +195,16 @@ def _again(name: str, x: Tensor) -> Tensor:
     return CURVES[name].function(x, False)
 
 
-@register
-class DropITGELU(DropITActivation, nn.GELU):
-    """nn.GELU that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.GELU
-
+class _DropITGELU(DropITActivation):
     @property
     def curve(self) -> str:  # type: ignore[override]
         """By erf or by tanh."""
         return "gelu_tanh" if self.approximate == "tanh" else "gelu"
 
 
-@register
-class DropITSiLU(DropITActivation, nn.SiLU):
-    """nn.SiLU that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.SiLU
-    curve = "silu"
-
-
-@register
-class DropITMish(DropITActivation, nn.Mish):
-    """nn.Mish that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.Mish
-    curve = "mish"
-
-
-@register
-class DropITHardswish(DropITActivation, nn.Hardswish):
-    """nn.Hardswish that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.Hardswish
-    curve = "hardswish"
-
-
-@register
-class DropITSigmoid(DropITActivation, nn.Sigmoid):
-    """nn.Sigmoid that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.Sigmoid
-    curve = "sigmoid"
-
-
-@register
-class DropITTanh(DropITActivation, nn.Tanh):
-    """nn.Tanh that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.Tanh
-    curve = "tanh"
+DropITGELU = swap_class(_DropITGELU, nn.GELU)
+DropITSiLU = swap_class(DropITActivation, nn.SiLU, curve="silu")
+DropITMish = swap_class(DropITActivation, nn.Mish, curve="mish")
+DropITHardswish = swap_class(DropITActivation, nn.Hardswish, curve="hardswish")
+DropITSigmoid = swap_class(DropITActivation, nn.Sigmoid, curve="sigmoid")
+DropITTanh = swap_class(DropITActivation, nn.Tanh, curve="tanh")

@@ -13,17 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from dropit.layers.layer import PackedInputLayer
+from dropit.layers.layer import DropITLayer
 from dropit.layers.linear import as_rows, dropit_linear
-from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_attention
+from dropit.layers.scaled_dot_product import AttentionArguments, can_quantize, dropit_attention
 from dropit.layers.table import register
 
 
 @register
-class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
-    """nn.MultiheadAttention with packed inputs of its projections; what attention itself keeps stays as it is."""
+class DropITMultiheadAttention(DropITLayer, nn.MultiheadAttention):
+    """nn.MultiheadAttention with packed inputs of its projections, and quantized queries, keys and values."""
 
     plain = nn.MultiheadAttention
+    drops_input = True
+    quantizes = True  # its queries, keys and values
 
     def forward(
         self,
@@ -37,7 +39,7 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """As nn.MultiheadAttention: (L, N, E) or, with batch_first, (N, L, E), or unbatched (L, E)."""
-        if not self._packs(query, key, value) or not self._fits(query, key, value, key_padding_mask, attn_mask):
+        if not self._has_gradients(query, key, value) or not self._fits(query, key, value, key_padding_mask, attn_mask):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
@@ -55,22 +57,22 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
         length, samples, _ = q.shape
         q, k, v = (self._heads(x) for x in (q, k, v))  # (N, heads, L, head_dim)
         weights_out = None
-        form = Form(self.dropout, hint)
+        arguments = AttentionArguments(self.dropout, hint)
         weight, bias = self.out_proj.weight, self.out_proj.bias
-        if self._dropit_packer.bits is not None and not need_weights and can_quantize(q, k, v, mask, form):
-            output = dropit_attention(q, k, v, weight, bias, mask, form, self._dropit_packer)
+        if self._dropit_saver.bits is not None and not need_weights and can_quantize(q, k, v, mask, arguments):
+            output = dropit_attention(q, k, v, weight, bias, mask, arguments, self._dropit_saver)
         else:
             attend = self._attend_with_weights if need_weights else self._attend
-            context, weights_out, held = attend(q, k, v, mask, hint)
-            output = self._project(context.reshape(length, samples, self.embed_dim), weight, bias, held)
+            context, weights_out, is_saved = attend(q, k, v, mask, hint)
+            output = self._project(context.reshape(length, samples, self.embed_dim), weight, bias, is_saved)
         if weights_out is not None and average_attn_weights:
             weights_out = weights_out.mean(dim=1)
         if not batched:
             return output.squeeze(1), None if weights_out is None else weights_out.squeeze(0)
         return output.transpose(0, 1) if self.batch_first else output, weights_out
 
-    def _packs(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        if not self.saves(query=query, key=key, value=value) or is_parametrized(self):
+    def _has_gradients(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        if not self.is_active(query=query, key=key, value=value) or is_parametrized(self):
             return False
         if not query.is_floating_point() or query.numel() == 0:
             return False
@@ -99,16 +101,16 @@ class DropITMultiheadAttention(PackedInputLayer, nn.MultiheadAttention):
             and (attn_mask is None or (tuple(attn_mask.shape) in masks and _is_mask(attn_mask)))
         )
 
-    def _project(self, context: Tensor, weight: Tensor, bias: Tensor | None, held: bool) -> Tensor:
+    def _project(self, context: Tensor, weight: Tensor, bias: Tensor | None, is_saved: bool) -> Tensor:
         """Attention's output (L, N, E), by rows, as PyTorch has it."""
-        if held:  # by attention for itself: a packed copy on top would free nothing
+        if is_saved:  # by attention itself: a packed copy on top would free nothing
             rows = F.linear(as_rows(context), weight, bias)
         else:
-            rows = dropit_linear(context, weight, bias, self._dropit_packer, batch_dim=1, role="context", flat=True)
+            rows = dropit_linear(context, weight, bias, self._dropit_saver, batch_dim=1, role="context", flat=True)
         return rows.view(*context.shape[:-1], rows.shape[-1])
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, role: str) -> Tensor:
-        return dropit_linear(input, weight, bias, self._dropit_packer, batch_dim=1, role=role)
+        return dropit_linear(input, weight, bias, self._dropit_saver, batch_dim=1, role=role)
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""

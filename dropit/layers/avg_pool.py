@@ -1,4 +1,4 @@
-"""Average pooling that keeps nothing: its gradient needs the input's shape only, where PyTorch keeps the input."""
+"""Average pooling that saves nothing: its gradient needs the input's shape only, where PyTorch saves the input."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.layer import (
-    LayerFunction,
-    LosslessLayer,
-    autocast_as,
-    each,
-    link_to,
-    none_for_none,
-    placeholder,
-    save_form,
-    with_zeros,
-    without_zeros,
-)
-from dropit.layers.table import register
+from dropit.layers.formats import autocast_as, each, placeholder, save_form
+from dropit.layers.function import LayerFunction, link_to, none_for_none, with_zeros, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.table import swap_class
 
 _aten = torch.ops.aten
 _PLAIN = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -79,12 +70,12 @@ class DropITAdaptiveAvgPoolFunction(LayerFunction):
         return with_zeros(grad_input, ctx.link), None, None
 
 
-class _DropITAvgPool(LosslessLayer, nn.modules.pooling._AvgPoolNd):
+class _DropITAvgPool(DropITLayer, nn.modules.pooling._AvgPoolNd):
     dimensions: int
 
     def forward(self, input: Tensor) -> Any:
         """input: (N, C, *spatial) or (C, *spatial)."""
-        if not self.packs(input):
+        if not self.saves(input):
             return super().forward(input)  # type: ignore[misc]
         input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)  # type: ignore[operator]
         given: list[Any] = [getattr(self, name) for name in ("kernel_size", "stride", "padding")]
@@ -99,13 +90,13 @@ class _DropITAvgPool(LosslessLayer, nn.modules.pooling._AvgPoolNd):
         return DropITAvgPoolFunction.apply(input, (*flat, *rest), link_to(input)).squeeze(-2)
 
 
-class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolNd):
+class _DropITAdaptiveAvgPool(DropITLayer, nn.modules.pooling._AdaptiveAvgPoolNd):
     dimensions: int
 
     def forward(self, input: Tensor) -> Any:
         """input: (N, C, *spatial) or (C, *spatial)."""
         sizes = self._sizes(input)
-        if not self.packs(input) or all(size == 1 for size in sizes):  # that one is a mean, which keeps nothing
+        if not self.saves(input) or all(size == 1 for size in sizes):  # that one is a mean, which saves nothing
             return super().forward(input)  # type: ignore[misc]
         input = autocast_as(partial(_ADAPTIVE_PLAIN[self.dimensions], output_size=1), input)
         if self.dimensions > 1:
@@ -120,49 +111,11 @@ class _DropITAdaptiveAvgPool(LosslessLayer, nn.modules.pooling._AdaptiveAvgPoolN
         return [size if wanted is None else wanted for wanted, size in zip(given, spatial, strict=True)]
 
 
-@register
-class DropITAvgPool1d(_DropITAvgPool, nn.AvgPool1d):
-    """nn.AvgPool1d that keeps nothing."""
-
-    plain = nn.AvgPool1d
-    dimensions = 1
-
-
-@register
-class DropITAvgPool2d(_DropITAvgPool, nn.AvgPool2d):
-    """nn.AvgPool2d that keeps nothing."""
-
-    plain = nn.AvgPool2d
-    dimensions = 2
-
-
-@register
-class DropITAvgPool3d(_DropITAvgPool, nn.AvgPool3d):
-    """nn.AvgPool3d that keeps nothing."""
-
-    plain = nn.AvgPool3d
-    dimensions = 3
-
-
-@register
-class DropITAdaptiveAvgPool1d(_DropITAdaptiveAvgPool, nn.AdaptiveAvgPool1d):
-    """nn.AdaptiveAvgPool1d that keeps nothing."""
-
-    plain = nn.AdaptiveAvgPool1d
-    dimensions = 1
-
-
-@register
-class DropITAdaptiveAvgPool2d(_DropITAdaptiveAvgPool, nn.AdaptiveAvgPool2d):
-    """nn.AdaptiveAvgPool2d that keeps nothing."""
-
-    plain = nn.AdaptiveAvgPool2d
-    dimensions = 2
-
-
-@register
-class DropITAdaptiveAvgPool3d(_DropITAdaptiveAvgPool, nn.AdaptiveAvgPool3d):
-    """nn.AdaptiveAvgPool3d that keeps nothing."""
-
-    plain = nn.AdaptiveAvgPool3d
-    dimensions = 3
+DropITAvgPool1d, DropITAvgPool2d, DropITAvgPool3d = (
+    swap_class(_DropITAvgPool, plain, dimensions=dimensions)
+    for dimensions, plain in enumerate((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), start=1)
+)
+DropITAdaptiveAvgPool1d, DropITAdaptiveAvgPool2d, DropITAdaptiveAvgPool3d = (
+    swap_class(_DropITAdaptiveAvgPool, plain, dimensions=dimensions)
+    for dimensions, plain in enumerate((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), start=1)
+)

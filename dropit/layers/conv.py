@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.layer import (
-    LayerFunction,
-    PackedInputLayer,
-    anchor,
-    autocast,
-    each,
-    first_order_only,
-    none_for_none,
-    placeholder,
-    save_form,
-    without_zeros,
-)
-from dropit.layers.table import register
-from dropit.packer import Packer
+from dropit.layers.formats import autocast, each, placeholder, save_form
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.table import swap_class
+from dropit.saved import Recipe
+from dropit.saver import Saver
 from dropit.tracing import is_mapped
 
 # By the weight's dimensions.
@@ -50,7 +41,7 @@ class Geometry(NamedTuple):
 
 
 class DropITConvFunction(LayerFunction):
-    """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is that of what x is restored to."""
+    """y = conv(x, W) + b. grad_input and grad_bias are exact; grad_weight is computed from x as it is restored."""
 
     generate_vmap_rule = True
 
@@ -61,53 +52,53 @@ class DropITConvFunction(LayerFunction):
         bias: Tensor | None,
         geometry: Geometry,
         anchor: Tensor | None,
-        restore: Callable[..., Tensor] | None,
-        *stored: Tensor | None,
+        recipe: Recipe | None,
+        *saved: Tensor | None,
     ) -> Tensor:
-        """The plain forward; ``restore(*stored)`` gives the input back, if grad_weight is wanted."""
+        """Compute the plain forward; ``recipe.restore(*saved)`` gives the input back, if grad_weight is wanted."""
         return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save the weight and what is stored of the input."""
+        """Save the weight and what restores the input."""
         without_zeros(ctx)
-        input, weight, _, ctx.geometry, anchor, ctx.restore, *stored = inputs
+        input, weight, _, ctx.geometry, anchor, ctx.recipe, *saved = inputs
         save_form(ctx, input)
-        ctx.save_for_backward(weight, anchor, *stored)
+        ctx.save_for_backward(weight, anchor, *saved)
 
     @staticmethod
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
-        weight, anchor, *stored = ctx.saved_tensors
+        weight, anchor, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         # Of the input, grad_input needs the shape, and the layout for its own.
-        input = ctx.restore(*stored) if wanted[1] else placeholder(ctx, grad_output)
+        input = ctx.recipe.restore(*saved) if wanted[1] else placeholder(ctx, grad_output)
         bias_shape = [grad_output.shape[1]]
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output, input, weight, bias_shape, *ctx.geometry, wanted
         )
         if grad_weight is not None:
             grad_weight = first_order_only(grad_weight, weight if anchor is None else anchor)
-        return grad_input, grad_weight, grad_bias, None, None, None, *[None] * len(stored)
+        return grad_input, grad_weight, grad_bias, None, None, None, *[None] * len(saved)
 
 
-def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, packer: Packer) -> Tensor:
-    """``torch.convolution`` that keeps for backward only what ``packer`` stores of ``input`` ([N,] in, *spatial).
+def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, saver: Saver) -> Tensor:
+    """Compute ``torch.convolution``, and save for backward only what ``saver`` says of ``input`` ([N,] in, *spatial).
 
-    With a frozen weight it keeps nothing of the input, where PyTorch keeps it whole.
+    With a frozen weight it saves nothing of the input, where PyTorch saves it whole.
     """
     if input.dim() < weight.dim():
-        return dropit_conv(input.unsqueeze(0), weight, bias, geometry, packer).squeeze(0)
+        return dropit_conv(input.unsqueeze(0), weight, bias, geometry, saver).squeeze(0)
     if is_mapped(weight) or (not weight.requires_grad and _casts_once(input, bias)):
         return _plain_conv(input, weight, bias, geometry)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:
         return DropITConvFunction.apply(x, w, b, geometry, None, None)  # type: ignore[no-any-return]
-    stored = packer.store(x, input, channel_dim=1)
-    if stored is None:
+    saved = saver.save(x, input, channel_dim=1)
+    if saved is None:
         return _plain_conv(input, weight, bias, geometry)
-    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), stored.restore, *stored.tensors)  # type: ignore[no-any-return]
+    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), saved.recipe, *saved.tensors)  # type: ignore[no-any-return]
 
 
 def _casts_once(*tensors: Tensor | None) -> bool:
@@ -132,12 +123,14 @@ def is_usual(input: Tensor, weight: Tensor) -> bool:
     return weight.is_floating_point() and weight.dim() - input.dim() in (0, 1)
 
 
-class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
+class _DropITConv(DropITLayer, nn.modules.conv._ConvNd):
+    drops_input = True
+
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
         # Each is read once: a parametrization computes it, and may go on with each reading.
         weight, bias = self.weight, self.bias
-        if not self.saves(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
+        if not self.is_active(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
             return self._conv_forward(input, weight, bias)  # which may be replaced on the module, to pad in another way
         if not weight.requires_grad and _casts_once(input, bias):
             return self._conv_forward(input, weight, bias)
@@ -146,7 +139,7 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
         if self.padding == "same" and any(step != 1 for step in each(self.stride, 1)):
             return self._conv_forward(input, weight, bias)  # PyTorch's error
         padded, padding = self._pad(input, weight)
-        return dropit_conv(padded, weight, bias, Geometry.of(self, weight, padding), self._dropit_packer)
+        return dropit_conv(padded, weight, bias, Geometry.of(self, weight, padding), self._dropit_saver)
 
     def _pad(self, input: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
         """Pad first where the convolution cannot: with other than zeros, or by one more on one side ('same').
@@ -168,10 +161,12 @@ class _DropITConv(PackedInputLayer, nn.modules.conv._ConvNd):
         return input, [size // 2 for size in total]
 
 
-class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
+class _DropITConvTranspose(DropITLayer, nn.modules.conv._ConvTransposeNd):
+    drops_input = True
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not self.saves(input=input):
+        if not self.is_active(input=input):
             return super().forward(input, output_size)  # type: ignore[misc, no-any-return]
         weight, bias = self.weight, self.bias  # read once
         dimensions = weight.dim() - 2
@@ -180,46 +175,12 @@ class _DropITConvTranspose(PackedInputLayer, nn.modules.conv._ConvTransposeNd):
         if not is_usual(input, weight):
             plain: Any = _PLAIN_TRANSPOSE[weight.dim()]
             return plain(input, weight, bias, self.stride, self.padding, extra, self.groups, self.dilation)  # type: ignore[no-any-return]
-        return dropit_conv(input, weight, bias, Geometry.of(self, weight, self.padding, extra), self._dropit_packer)
+        return dropit_conv(input, weight, bias, Geometry.of(self, weight, self.padding, extra), self._dropit_saver)
 
 
-@register
-class DropITConv1d(_DropITConv, nn.Conv1d):
-    """nn.Conv1d with a packed input."""
-
-    plain = nn.Conv1d
-
-
-@register
-class DropITConv2d(_DropITConv, nn.Conv2d):
-    """nn.Conv2d with a packed input."""
-
-    plain = nn.Conv2d
-
-
-@register
-class DropITConv3d(_DropITConv, nn.Conv3d):
-    """nn.Conv3d with a packed input."""
-
-    plain = nn.Conv3d
-
-
-@register
-class DropITConvTranspose1d(_DropITConvTranspose, nn.ConvTranspose1d):
-    """nn.ConvTranspose1d with a packed input."""
-
-    plain = nn.ConvTranspose1d
-
-
-@register
-class DropITConvTranspose2d(_DropITConvTranspose, nn.ConvTranspose2d):
-    """nn.ConvTranspose2d with a packed input."""
-
-    plain = nn.ConvTranspose2d
-
-
-@register
-class DropITConvTranspose3d(_DropITConvTranspose, nn.ConvTranspose3d):
-    """nn.ConvTranspose3d with a packed input."""
-
-    plain = nn.ConvTranspose3d
+DropITConv1d, DropITConv2d, DropITConv3d = (
+    swap_class(_DropITConv, plain) for plain in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+)
+DropITConvTranspose1d, DropITConvTranspose2d, DropITConvTranspose3d = (
+    swap_class(_DropITConvTranspose, plain) for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+)

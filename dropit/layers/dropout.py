@@ -1,4 +1,4 @@
-"""nn.Dropout that keeps its mask at one bit per element; the random numbers and the gradients are PyTorch's."""
+"""nn.Dropout that saves its mask at one bit per element; the random numbers and the gradients are PyTorch's."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropit.layers.layer import (
-    LayerFunction,
-    LosslessLayer,
-    none_for_none,
-    save_mask,
-    saved_mask,
-    without_zeros,
-)
+from dropit.layers.function import LayerFunction, none_for_none, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.masks import save_mask, saved_mask
 from dropit.layers.table import register
 
 
@@ -50,14 +45,14 @@ class DropITDropoutFunction(LayerFunction):
 
 
 @register
-class DropITDropout(LosslessLayer, nn.Dropout):
-    """nn.Dropout that keeps a bit per element."""
+class DropITDropout(DropITLayer, nn.Dropout):
+    """nn.Dropout that saves a bit per element."""
 
     plain = nn.Dropout
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if not self.packs(input) or self.inplace or not 0 < self.p < 1:
+        if not self.saves(input) or self.inplace or not 0 < self.p < 1:
             return super().forward(input)
         output, _ = DropITDropoutFunction.apply(input, self.p)
         return output  # type: ignore[no-any-return]

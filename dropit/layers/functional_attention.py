@@ -11,28 +11,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dropit.layers.layer import QuantizedLayer
-from dropit.layers.scaled_dot_product import Form, can_quantize, dropit_scaled_dot_product
+from dropit.layers.layer import DropITLayer
+from dropit.layers.scaled_dot_product import AttentionArguments, can_quantize, dropit_scaled_dot_product
 from dropit.layers.table import calls_registered, register_callers
-from dropit.packer import Packer
+from dropit.saver import Saver
 
 _attention = F.scaled_dot_product_attention
 
 
 @register_callers("scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS")
-class DropITFunctionalAttention(QuantizedLayer, nn.Module):
-    """A module whose forward calls attention as a function: its q, k and v are kept in 16, 8 or 4 bits."""
+class DropITFunctionalAttention(DropITLayer, nn.Module):
+    """A module whose forward calls attention as a function: its q, k and v are saved in 16, 8 or 4 bits."""
 
     plain = nn.Module
+    quantizes = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        if not self.saves():
+        if not self.is_active():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         others = [module for module in self.modules() if _is_plain(module)]
         if others and torch.compiler.is_compiling():  # which has no place for hooks
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with _Quantizing(self._dropit_packer) as mode:
+        with _Quantizing(self._dropit_saver) as mode:
             if not others:
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
             with _suspended_in(others, mode):
@@ -68,21 +69,21 @@ def _suspended_in(modules: list[nn.Module], mode: _Quantizing) -> Iterator[None]
 class _Quantizing(TorchFunctionMode):
     """Takes the calls of attention, and leaves all other functions alone."""
 
-    def __init__(self, packer: Packer) -> None:
+    def __init__(self, saver: Saver) -> None:
         super().__init__()
         self.suspended = 0
-        self._packer = packer
+        self._saver = saver
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         if self.suspended or func not in (_attention, F.scaled_dot_product_attention):  # estimate_cache has its own
             return func(*args, **named)
-        q, k, v, mask, form = _arguments(*args, **named)
-        if not can_quantize(q, k, v, mask, form):
+        q, k, v, mask, arguments = _arguments(*args, **named)
+        if not can_quantize(q, k, v, mask, arguments):
             return func(*args, **named)
         if torch.compiler.is_compiling():  # which takes no tensor twice
             k, v = (x.view_as(x) for x in (k, v))
-        return dropit_scaled_dot_product(q, k, v, mask, form, self._packer)
+        return dropit_scaled_dot_product(q, k, v, mask, arguments, self._saver)
 
 
 def _arguments(
@@ -95,5 +96,5 @@ def _arguments(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Form]:
-    return query, key, value, attn_mask, Form(dropout_p, is_causal, scale, enable_gqa)
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, AttentionArguments]:
+    return query, key, value, attn_mask, AttentionArguments(dropout_p, is_causal, scale, enable_gqa)

@@ -8,47 +8,32 @@ from transformers.activations import GELUActivation, NewGELUActivation, QuickGEL
 from transformers.pytorch_utils import Conv1D
 
 from dropit.layers.activation import DropITActivation
-from dropit.layers.layer import PackedInputLayer
+from dropit.layers.layer import DropITLayer
 from dropit.layers.linear import dropit_linear
-from dropit.layers.table import register
+from dropit.layers.table import register, swap_class
 
 
 @register
-class DropITConv1D(PackedInputLayer, Conv1D):
+class DropITConv1D(DropITLayer, Conv1D):
     """transformers' Conv1D with a packed input."""
 
     plain = Conv1D
+    drops_input = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., nx). Returns (..., nf)."""
-        if not self.saves(input=x):
+        if not self.is_active(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_linear(x, self.weight.t(), self.bias, self._dropit_packer)  # each is read once
+        return dropit_linear(x, self.weight.t(), self.bias, self._dropit_saver)  # each is read once
 
 
-@register
-class DropITGELUActivation(DropITActivation, GELUActivation):
-    """transformers' GELU that keeps 16, 8 or 4 bits per element, unless it is the one written in Python."""
-
-    plain = GELUActivation
-
+class _DropITGELUActivation(DropITActivation):
     @property
     def curve(self) -> str | None:  # type: ignore[override]
-        """GELU, where the function is PyTorch's."""
+        """GELU, unless the module computes it by a formula written in Python."""
         return "gelu" if self.act is F.gelu else None
 
 
-@register
-class DropITNewGELUActivation(DropITActivation, NewGELUActivation):
-    """GPT-2's GELU by tanh that keeps 16, 8 or 4 bits per element."""
-
-    plain = NewGELUActivation
-    curve = "new_gelu"
-
-
-@register
-class DropITQuickGELUActivation(DropITActivation, QuickGELUActivation):
-    """CLIP's GELU by the logistic function that keeps 16, 8 or 4 bits per element."""
-
-    plain = QuickGELUActivation
-    curve = "quick_gelu"
+DropITGELUActivation = swap_class(_DropITGELUActivation, GELUActivation)
+DropITNewGELUActivation = swap_class(DropITActivation, NewGELUActivation, curve="new_gelu", __module__=__name__)
+DropITQuickGELUActivation = swap_class(DropITActivation, QuickGELUActivation, curve="quick_gelu", __module__=__name__)

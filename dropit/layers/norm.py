@@ -1,41 +1,34 @@
-"""Normalization that keeps the normalized input in 16, 8 or 4 bits. Outputs, statistics and running buffers are exact.
+"""Normalization that saves the normalized input in 16, 8 or 4 bits. Outputs, statistics and running buffers are exact.
 
-The normalized input, and not the input, is what is quantized: a channel's mean, however far from zero, costs no steps.
+The normalized input, and not the input, is what is quantized: a channel's mean, however far from zero, costs no codes.
 With it PyTorch's own backward is called, for a mean of 0 and a deviation of 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.layer import (
-    LayerFunction,
-    QuantizedLayer,
-    anchor,
-    first_order_only,
-    in_format,
-    none_for_none,
-    suggest_memory_format,
-    without_zeros,
-)
-from dropit.layers.table import register
+from dropit.layers.formats import in_format, suggest_memory_format
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.table import register, swap_class
 from dropit.ops import Statistics
 from dropit.packed import is_dense_in_memory, memory_order
-from dropit.packer import Packer
-from dropit.stored import Stored, offer
+from dropit.saved import Recipe, Saved
+from dropit.saver import Saver
 from dropit.tracing import is_traced
 
 _aten = torch.ops.aten
 
 
-class Form(NamedTuple):
-    """What else a backward pass is told.
+class BackwardForm(NamedTuple):
+    """Arguments of a backward pass besides tensors.
 
     ``saves_weight``, ``saves_bias``: whether PyTorch saves it, so that to change it before the backward pass is an
     error; to change one that is not saved is none.
@@ -49,7 +42,7 @@ class Form(NamedTuple):
 
 
 class _NormFunction(LayerFunction):
-    """y = (x - mean) / deviation * weight + bias, computed by the caller. Saves what is stored of the normalized x."""
+    """y = (x - mean) / deviation * weight + bias, computed by the caller. Saves what restores the normalized x."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -58,28 +51,28 @@ class _NormFunction(LayerFunction):
         bias: Tensor | None,
         output: Tensor,
         rstd: Tensor,
-        form: Form,
+        form: BackwardForm,
         anchor: Tensor | None,
-        restore: Callable[..., Tensor],
-        *stored: Tensor | None,
+        recipe: Recipe,
+        *saved: Tensor | None,
     ) -> Tensor:
         """Give ``output`` its place in the graph."""
         return output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save weight and bias where PyTorch does, 1 / deviation and what is stored of the normalized input."""
+        """Save weight and bias where PyTorch does, 1 / deviation and what restores the normalized input."""
         without_zeros(ctx)
-        _, weight, bias, computed, rstd, ctx.form, anchor, ctx.restore, *stored = inputs
+        _, weight, bias, computed, rstd, ctx.form, anchor, ctx.recipe, *saved = inputs
         ctx.mark_dirty(computed)
         weight, bias = weight if ctx.form.saves_weight else None, bias if ctx.form.saves_bias else None
-        ctx.save_for_backward(weight, bias, anchor, rstd, *stored)
+        ctx.save_for_backward(weight, bias, anchor, rstd, *saved)
 
     @staticmethod
     def saved(ctx: Any) -> tuple[Any, ...]:
         """Weight, bias, what was given as anchor, 1 / deviation, and the normalized input."""
-        weight, bias, anchor, rstd, *stored = ctx.saved_tensors
-        return weight, bias, anchor, rstd, ctx.restore(*stored)
+        weight, bias, anchor, rstd, *saved = ctx.saved_tensors
+        return weight, bias, anchor, rstd, ctx.recipe.restore(*saved)
 
     @staticmethod
     def gradients(ctx: Any, anchor: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -166,7 +159,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _mean_and_rstd(rstd: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+def _mean_and_rstd(rstd: Tensor, form: BackwardForm) -> tuple[Tensor, Tensor]:
     """A mean of 0 and 1 / deviation of 1."""
     return torch.zeros_like(rstd, dtype=form.statistics), torch.ones_like(rstd, dtype=form.statistics)
 
@@ -194,13 +187,15 @@ def _by_channel(statistic: Tensor, like: Tensor) -> Tensor:
     return each.reshape(samples, channels, *[1] * (like.dim() - 2))
 
 
-class _DropITBatchNorm(QuantizedLayer, nn.modules.batchnorm._BatchNorm):
+class _DropITBatchNorm(DropITLayer, nn.modules.batchnorm._BatchNorm):
+    quantizes = True
+
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C) or (N, C, *spatial)."""
-        if not self.packs(input) or not has_batches(input):
-            return self.passes_on(super().forward(input))
+        if not self.saves(input) or not has_batches(input):
+            return self.publish_unsaved(super().forward(input))
         self._check_input_dim(input)
-        return dropit_batch_norm(input, self, self._dropit_packer)
+        return dropit_batch_norm(input, self, self._dropit_saver)
 
 
 def has_batches(input: Tensor) -> bool:
@@ -208,8 +203,8 @@ def has_batches(input: Tensor) -> bool:
     return input.is_floating_point() and input.dim() > 1 and input.numel() not in (0, input.shape[1])
 
 
-def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, packer: Packer) -> Tensor:
-    """What ``layer`` computes in training, with the normalized input kept in ``packer.bits`` bits."""
+def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, saver: Saver) -> Tensor:
+    """Compute what ``layer`` does in training, and save the normalized input in ``saver.bits`` bits."""
     momentum = 0.0 if layer.momentum is None else layer.momentum
     if layer.track_running_stats and layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(1)
@@ -228,110 +223,97 @@ def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, pac
         )
         output, mean, rstd = computed[:3]
         by_channel = (-1, *[1] * (x.dim() - 2))
-        stored = _store(x, _wide(mean), _wide(rstd), by_channel, _in_a_row(x, 1), packer)
+        saved = _save_normalized(x, _wide(mean), _wide(rstd), by_channel, _in_a_row(x, 1), saver)
     tensors = (input, weight, bias, output, rstd)
-    return _in_graph(DropITBatchNormFunction, tensors, Form(), stored, packer, by_channel)
+    return _in_graph(DropITBatchNormFunction, tensors, BackwardForm(), saved, saver, by_channel)
+
+
+DropITBatchNorm1d, DropITBatchNorm2d, DropITBatchNorm3d = (
+    swap_class(_DropITBatchNorm, plain) for plain in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+)
 
 
 @register
-class DropITBatchNorm1d(_DropITBatchNorm, nn.BatchNorm1d):
-    """nn.BatchNorm1d that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.BatchNorm1d
-
-
-@register
-class DropITBatchNorm2d(_DropITBatchNorm, nn.BatchNorm2d):
-    """nn.BatchNorm2d that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.BatchNorm2d
-
-
-@register
-class DropITBatchNorm3d(_DropITBatchNorm, nn.BatchNorm3d):
-    """nn.BatchNorm3d that keeps 16, 8 or 4 bits per element."""
-
-    plain = nn.BatchNorm3d
-
-
-@register
-class DropITLayerNorm(QuantizedLayer, nn.LayerNorm):
-    """nn.LayerNorm that keeps 16, 8 or 4 bits per element."""
+class DropITLayerNorm(DropITLayer, nn.LayerNorm):
+    """nn.LayerNorm that saves 16, 8 or 4 bits per element."""
 
     plain = nn.LayerNorm
+    quantizes = True
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., *normalized_shape)."""
-        if not self.packs(input):
-            return self.passes_on(super().forward(input))
-        return dropit_layer_norm(input, self, self._dropit_packer)
+        if not self.saves(input):
+            return self.publish_unsaved(super().forward(input))
+        return dropit_layer_norm(input, self, self._dropit_saver)
 
 
-def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
-    """What ``layer`` computes of (..., C), with the normalized input kept in ``packer.bits`` bits."""
+def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, saver: Saver) -> Tensor:
+    """Compute what ``layer`` does of (..., C), and save the normalized input in ``saver.bits`` bits."""
     x, w, b = _in_float(input, layer.weight, layer.bias)
     shape = layer.normalized_shape
     with torch.no_grad():
         output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
-        form = Form(tuple(shape), mean.dtype, saves_bias=True)
+        form = BackwardForm(tuple(shape), mean.dtype, saves_bias=True)
         if mean.dtype.itemsize < 4:  # in half precision on the CPU it computes with better ones than it returns
             _, mean, rstd = torch.native_layer_norm(_wide(x), shape, None, None, layer.eps)
-        stored = _store(x.detach(), mean, rstd, mean.shape, _samplewise(x, rstd), packer)
-    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, stored, packer)
+        saved = _save_normalized(x.detach(), mean, rstd, mean.shape, _samplewise(x, rstd), saver)
+    return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, saved, saver)
 
 
-def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, packer: Packer) -> Tensor:
+def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, saver: Saver) -> Tensor:
     """The same over the channels of (N, C, H, W)."""
-    return dropit_layer_norm(input.permute(0, 2, 3, 1), layer, packer).permute(0, 3, 1, 2)
+    return dropit_layer_norm(input.permute(0, 2, 3, 1), layer, saver).permute(0, 3, 1, 2)
 
 
 @register
-class DropITGroupNorm(QuantizedLayer, nn.GroupNorm):
-    """nn.GroupNorm that keeps 16, 8 or 4 bits per element."""
+class DropITGroupNorm(DropITLayer, nn.GroupNorm):
+    """nn.GroupNorm that saves 16, 8 or 4 bits per element."""
 
     plain = nn.GroupNorm
+    quantizes = True
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (N, C, *spatial)."""
-        if not self.packs(input) or input.numel() == 0:
-            return self.passes_on(super().forward(input))
+        if not self.saves(input) or input.numel() == 0:
+            return self.publish_unsaved(super().forward(input))
         x, w, b = _in_float(input, self.weight, self.bias)
         sizes = _group_sizes(x, self.num_groups)
         with torch.no_grad():
             memory_format = torch.contiguous_format if x.is_cuda else suggest_memory_format(x)
             dense = in_format(x, memory_format)
             output, mean, rstd = torch.native_group_norm(dense, w, b, *sizes, self.eps)
-            form = Form((), mean.dtype, memory_format)
+            form = BackwardForm((), mean.dtype, memory_format)
             if mean.dtype.itemsize < 4:
                 _, mean, rstd = torch.native_group_norm(_wide(dense), None, None, *sizes, self.eps)
-            inner = _samplewise(dense, rstd) if self._dropit_packer.narrows(dense) else 0
+            inner = _samplewise(dense, rstd) if self._dropit_saver.policy.narrows(dense) else 0
             by_group = (mean, rstd) if inner else (_by_channel(mean, dense), _by_channel(rstd, dense))
             shape = (*by_group[1].shape[:2], *[1] * (x.dim() - 2))
-            stored = _store(dense, *by_group, shape, inner, self._dropit_packer)
+            saved = _save_normalized(dense, *by_group, shape, inner, self._dropit_saver)
         by_channel = (-1, *[1] * (x.dim() - 2))
         tensors = (x, w, b, output, rstd)
-        return _in_graph(DropITGroupNormFunction, tensors, form, stored, self._dropit_packer, by_channel)
+        return _in_graph(DropITGroupNormFunction, tensors, form, saved, self._dropit_saver, by_channel)
 
 
 @register
-class DropITRMSNorm(QuantizedLayer, nn.RMSNorm):
-    """nn.RMSNorm that keeps 16, 8 or 4 bits per element."""
+class DropITRMSNorm(DropITLayer, nn.RMSNorm):
+    """nn.RMSNorm that saves 16, 8 or 4 bits per element."""
 
     plain = nn.RMSNorm
+    quantizes = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., *normalized_shape)."""
-        if not self.packs(x) or x.dtype not in _DEFAULT_EPS:
-            return self.passes_on(super().forward(x))
+        if not self.saves(x) or x.dtype not in _DEFAULT_EPS:
+            return self.publish_unsaved(super().forward(x))
         x, w, _ = _in_float(x, self.weight, None)
         with torch.no_grad():
             output = F.rms_norm(x, self.normalized_shape, w, self.eps)
             dims = list(range(-len(self.normalized_shape), 0))
             eps = _DEFAULT_EPS[x.dtype] if self.eps is None else self.eps
             rstd = (_wide(x).square().mean(dim=dims, keepdim=True) + eps).rsqrt()
-            stored = _store(x.detach(), None, rstd, rstd.shape, _samplewise(x, rstd), self._dropit_packer)
-        form = Form(tuple(self.normalized_shape), saves_weight=x.requires_grad)
-        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, stored, self._dropit_packer)
+            saved = _save_normalized(x.detach(), None, rstd, rstd.shape, _samplewise(x, rstd), self._dropit_saver)
+        form = BackwardForm(tuple(self.normalized_shape), saves_weight=x.requires_grad)
+        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, saved, self._dropit_saver)
 
 
 def _default_eps(dtype: torch.dtype) -> float:
@@ -348,36 +330,40 @@ _DEFAULT_EPS = {dtype: _default_eps(dtype) for dtype in (torch.float16, torch.bf
 def _in_graph(
     function: type[_NormFunction],
     tensors: tuple[Any, ...],
-    form: Form,
-    stored: Stored,
-    packer: Packer,
+    form: BackwardForm,
+    saved: Saved,
+    saver: Saver,
     by_channel: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """``function`` of (input, weight, bias, output, 1 / deviation), and its output on offer to who reads it.
+    """``function`` of (input, weight, bias, output, 1 / deviation), with its output published.
 
     ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
-    output = function.apply(*tensors, form, anchor(tensors[0]), stored.restore, *stored.tensors)
+    output = function.apply(*tensors, form, anchor(tensors[0]), saved.recipe, *saved.tensors)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
         affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
-    return offer(output, packer.offer(stored.then(_scaled, *affine)))
+    return saver.publish(output, saved.map("affine", _scaled, *affine))
 
 
-def _store(x: Tensor, mean: Tensor | None, rstd: Tensor, shape: Sequence[int], inner: int, packer: Packer) -> Stored:
-    """What gives (x - mean) / deviation, in the dtype of ``x``; the statistics, which may be wider, in ``shape``.
+def _save_normalized(
+    x: Tensor, mean: Tensor | None, rstd: Tensor, shape: Sequence[int], inner: int, saver: Saver
+) -> Saved:
+    """Return what to save of x-hat = (x - mean) / deviation, in the dtype of ``x``.
+
+    ``shape``: of the statistics, which may be in a wider dtype, to broadcast to ``x``.
 
     ``inner``: of how many elements in a row each is, in memory; 0 where they are not in a row.
     """
-    if inner and packer.narrows(x):
-        return Stored.of(packer.quantize_normalized(x, Statistics(mean, rstd, inner)))
+    if inner and saver.policy.narrows(x):
+        return Saved.of(saver.quantize(x, "normalized", Statistics(mean, rstd, inner)), "x-hat")
     centered = x if mean is None else x - mean.view(shape)
     normalized = centered * rstd.view(shape)
-    if not packer.narrows(x):
-        return Stored.of(packer.quantize(normalized.to(x.dtype), "normalized"))
-    packed = packer.quantize(normalized, "normalized")
-    return Stored.of(packed._replace(layout=packed.layout._replace(dtype=x.dtype)))
+    if not saver.policy.narrows(x):
+        return Saved.of(saver.quantize(normalized.to(x.dtype), "normalized"), "x-hat")
+    packed = saver.quantize(normalized, "normalized")
+    return Saved.of(packed._replace(layout=packed.layout._replace(dtype=x.dtype)), "x-hat")
 
 
 def _in_a_row(x: Tensor, dim: int) -> int:

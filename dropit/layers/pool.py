@@ -1,4 +1,4 @@
-"""Max-pooling that keeps, of its input and indices, only which element of each window was largest."""
+"""Max-pooling that saves, of its input and indices, only which element of each window was largest."""
 
 from __future__ import annotations
 
@@ -12,21 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit import ops
-from dropit.layers.layer import (
-    LayerFunction,
-    LosslessLayer,
-    autocast_as,
-    each,
-    link_to,
-    none_for_none,
-    placeholder,
-    save_form,
-    with_zeros,
-    without_zeros,
-)
-from dropit.layers.table import register
+from dropit.layers.formats import autocast_as, each, placeholder, save_form
+from dropit.layers.function import LayerFunction, link_to, none_for_none, with_zeros, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.table import swap_class
 from dropit.packed import flatten, unflatten
-from dropit.stored import offer, offered
+from dropit.rematerialize import Memo
 
 _PLAIN = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
@@ -68,19 +59,19 @@ class DropITMaxPoolFunction(LayerFunction):
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
-        (stored,) = ctx.saved_tensors
-        offsets = ops.unpack_subbyte(stored, _size(ctx.windows), ctx.layout.numel)
+        (packed,) = ctx.saved_tensors
+        offsets = ops.unpack_subbyte(packed, _size(ctx.windows), ctx.layout.numel)
         indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
         backward = _BACKWARD[len(ctx.windows.kernel_size)]
         grad_input = backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices)
         return with_zeros(grad_input, ctx.link), None, None
 
 
-def dropit_max_pool(input: Tensor, windows: Windows) -> Tensor:
-    """Max-pooling of ([N,] C, *spatial) that keeps an offset per window."""
-    known = offered(input)
+def dropit_max_pool(input: Tensor, windows: Windows, memo: Memo) -> Tensor:
+    """Compute max-pooling of ([N,] C, *spatial), and save an offset per window."""
+    published = memo.published(input)
     output = DropITMaxPoolFunction.apply(input, windows, link_to(input))[0]
-    return offer(output, known and known.then(partial(_again, windows)))
+    return memo.publish(output, published and published.map("max pool", partial(_again, windows)))
 
 
 def _again(windows: Windows, x: Tensor) -> Tensor:
@@ -125,20 +116,20 @@ def _size(windows: Windows) -> int:
     return math.prod(windows.kernel_size)
 
 
-class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
+class _DropITMaxPool(DropITLayer, nn.modules.pooling._MaxPoolNd):
     dimensions: int
 
     def forward(self, input: Tensor) -> Any:
         """input: (N, C, *spatial) or (C, *spatial)."""
         windows = self._windows()
-        if not self.packs(input) or self.return_indices or _size(windows) > 256:
-            return self.unsaved(super().forward, input)  # type: ignore[misc]
+        if not self.saves(input) or self.return_indices or _size(windows) > 256:
+            return self.pass_on_unsaved(super().forward, input)  # type: ignore[misc]
         input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)
         if self.dimensions > 1:
-            return dropit_max_pool(input, windows)
+            return dropit_max_pool(input, windows, self._dropit_saver.memo)
         # One dimension is two, as PyTorch has it.
         flat = Windows((1, *windows[0]), (1, *windows[1]), (0, *windows[2]), (1, *windows[3]), self.ceil_mode)
-        return dropit_max_pool(input.unsqueeze(-2), flat).squeeze(-2)
+        return dropit_max_pool(input.unsqueeze(-2), flat, self._dropit_saver.memo).squeeze(-2)
 
     def _windows(self) -> Windows:
         count, stride = self.dimensions, self.kernel_size if self.stride is None else self.stride
@@ -151,25 +142,7 @@ class _DropITMaxPool(LosslessLayer, nn.modules.pooling._MaxPoolNd):
         return Windows(*sizes, self.ceil_mode)
 
 
-@register
-class DropITMaxPool1d(_DropITMaxPool, nn.MaxPool1d):
-    """nn.MaxPool1d that keeps an offset per window."""
-
-    plain = nn.MaxPool1d
-    dimensions = 1
-
-
-@register
-class DropITMaxPool2d(_DropITMaxPool, nn.MaxPool2d):
-    """nn.MaxPool2d that keeps an offset per window."""
-
-    plain = nn.MaxPool2d
-    dimensions = 2
-
-
-@register
-class DropITMaxPool3d(_DropITMaxPool, nn.MaxPool3d):
-    """nn.MaxPool3d that keeps an offset per window."""
-
-    plain = nn.MaxPool3d
-    dimensions = 3
+DropITMaxPool1d, DropITMaxPool2d, DropITMaxPool3d = (
+    swap_class(_DropITMaxPool, plain, dimensions=dimensions)
+    for dimensions, plain in enumerate((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), start=1)
+)

@@ -10,20 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.layer import (
-    LayerFunction,
-    LosslessLayer,
-    apply_saved_mask,
-    link_to,
-    none_for_none,
-    save_mask,
-    save_range_mask,
-    saved_mask,
-    with_zeros,
-    without_zeros,
-)
+from dropit.layers.function import LayerFunction, link_to, none_for_none, with_zeros, without_zeros
+from dropit.layers.layer import DropITLayer
+from dropit.layers.masks import apply_saved_mask, save_mask, save_range_mask, saved_mask
 from dropit.layers.table import register
-from dropit.stored import offer, offered
+from dropit.rematerialize import Memo
 
 _aten = torch.ops.aten
 
@@ -57,7 +48,7 @@ class DropITReLUFunction(LayerFunction):
         # and for a leaky ReLU.
         if ctx.slope:
             save_mask(ctx, output > 0)
-        elif _holds(output.dtype, lower) and _holds(output.dtype, ctx.upper):
+        elif _represents(output.dtype, lower) and _represents(output.dtype, ctx.upper):
             save_range_mask(ctx, output, lower, ctx.upper)
         else:  # PyTorch compares the input with other bounds than it clamps to: by its operator
             passes = _aten.hardtanh_backward(torch.ones_like(output), input.detach(), lower, ctx.upper)
@@ -84,8 +75,8 @@ def _hardtanh_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _aten.hardtanh_backward(grad, x, 0, math.inf)  # type: ignore[no-any-return]
 
 
-def _holds(dtype: torch.dtype, bound: float) -> bool:
-    """Whether the dtype has this very number."""
+def _represents(dtype: torch.dtype, bound: float) -> bool:
+    """Whether the bound is a number of the dtype."""
     digits = {torch.bfloat16: 8, torch.float16: 11}.get(dtype)
     if digits is None or bound == 0 or math.isinf(bound):
         return True
@@ -95,14 +86,14 @@ def _holds(dtype: torch.dtype, bound: float) -> bool:
 
 
 def dropit_relu(
-    input: Tensor, inplace: bool = False, *, lower: float = 0.0, upper: float = math.inf, slope: float = 0.0
+    input: Tensor, memo: Memo, inplace: bool = False, *, lower: float = 0.0, upper: float = math.inf, slope: float = 0.0
 ) -> Tensor:
-    """``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu`` that keeps a bit per element."""
+    """Compute ``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu``, and save a bit per element."""
     if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
-        return input.copy_(dropit_relu(input.clone(), lower=lower, upper=upper, slope=slope))
-    known = offered(input)
+        return input.copy_(dropit_relu(input.clone(), memo, lower=lower, upper=upper, slope=slope))
+    published = memo.published(input)
     output = DropITReLUFunction.apply(input, lower, upper, slope, inplace, link_to(input))
-    return offer(output, known and known.then(partial(_again, lower, upper, slope)))
+    return memo.publish(output, published and published.map("relu", partial(_again, lower, upper, slope)))
 
 
 def _again(lower: float, upper: float, slope: float, x: Tensor) -> Tensor:
@@ -110,48 +101,48 @@ def _again(lower: float, upper: float, slope: float, x: Tensor) -> Tensor:
 
 
 @register
-class DropITReLU(LosslessLayer, nn.ReLU):
-    """nn.ReLU that keeps a bit per element."""
+class DropITReLU(DropITLayer, nn.ReLU):
+    """nn.ReLU that saves a bit per element."""
 
     plain = nn.ReLU
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if not self.packs(input):
-            return self.unsaved(super().forward, input)
-        return dropit_relu(input, self.inplace)
+        if not self.saves(input):
+            return self.pass_on_unsaved(super().forward, input)
+        return dropit_relu(input, self._dropit_saver.memo, self.inplace)
 
 
 @register
-class DropITHardtanh(LosslessLayer, nn.Hardtanh):
-    """nn.Hardtanh that keeps a bit per element."""
+class DropITHardtanh(DropITLayer, nn.Hardtanh):
+    """nn.Hardtanh that saves a bit per element."""
 
     plain = nn.Hardtanh
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        exact = _holds(input.dtype, self.min_val) and _holds(input.dtype, self.max_val)
+        exact = _represents(input.dtype, self.min_val) and _represents(input.dtype, self.max_val)
         hidden = self.inplace and not exact  # the output does not tell what the input would
-        if not self.packs(input) or hidden or self.max_val == math.inf:
-            return self.unsaved(super().forward, input)
-        return dropit_relu(input, self.inplace, lower=self.min_val, upper=self.max_val)
+        if not self.saves(input) or hidden or self.max_val == math.inf:
+            return self.pass_on_unsaved(super().forward, input)
+        return dropit_relu(input, self._dropit_saver.memo, self.inplace, lower=self.min_val, upper=self.max_val)
 
 
 @register
 class DropITReLU6(DropITHardtanh, nn.ReLU6):
-    """nn.ReLU6, a Hardtanh from 0 to 6, that keeps a bit per element."""
+    """nn.ReLU6, a Hardtanh from 0 to 6, that saves a bit per element."""
 
     plain = nn.ReLU6  # type: ignore[assignment]
 
 
 @register
-class DropITLeakyReLU(LosslessLayer, nn.LeakyReLU):
-    """nn.LeakyReLU that keeps a bit per element, if its slope is above zero: then the output has the input's sign."""
+class DropITLeakyReLU(DropITLayer, nn.LeakyReLU):
+    """nn.LeakyReLU that saves a bit per element, if its slope is above zero: then the output has the input's sign."""
 
     plain = nn.LeakyReLU
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if not self.packs(input) or self.negative_slope <= 0:
-            return self.unsaved(super().forward, input)
-        return dropit_relu(input, self.inplace, slope=self.negative_slope)
+        if not self.saves(input) or self.negative_slope <= 0:
+            return self.pass_on_unsaved(super().forward, input)
+        return dropit_relu(input, self._dropit_saver.memo, self.inplace, slope=self.negative_slope)

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that keeps queries, keys and values in few bits, and nothing else.
+"""Scaled dot-product attention that saves queries, keys and values in few bits, and nothing else.
 
 The backward pass attends again. Where the projection of attention's output is part of it, that gives the projection's
 input as well: it is not dropped from, then, and takes no memory.
@@ -18,23 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropit import ops
-from dropit.layers.layer import (
-    LayerFunction,
-    anchor,
-    as_non_view,
-    autocast,
-    first_order_only,
-    none_for_none,
-    without_zeros,
-)
+from dropit.layers.formats import as_non_view, autocast
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
 from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
-from dropit.packer import Packer
+from dropit.saver import Saver
 from dropit.tracing import is_mapped, is_traced
 
 
-class Form(NamedTuple):
-    """What ``F.scaled_dot_product_attention`` is told besides its tensors."""
+class AttentionArguments(NamedTuple):
+    """Arguments of ``F.scaled_dot_product_attention`` besides its tensors."""
 
     dropout: float = 0.0
     is_causal: bool = False
@@ -42,7 +35,7 @@ class Form(NamedTuple):
     enable_gqa: bool = False
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """PyTorch's function, in this form."""
+        """PyTorch's function, with these arguments."""
         return F.scaled_dot_product_attention(
             q, k, v, mask, self.dropout, self.is_causal, scale=self.scale, enable_gqa=self.enable_gqa
         )
@@ -57,19 +50,19 @@ class DropITScaledDotProductFunction(LayerFunction):
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        form: Form,
+        arguments: AttentionArguments,
         random: Tensor | None,
         anchor: Tensor | None,
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
-        return as_non_view(form.attend(q, k, v, mask))
+        return as_non_view(arguments.attend(q, k, v, mask))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the packed q, k, v, the mask and the state of the random numbers."""
         without_zeros(ctx)
-        _, _, _, mask, ctx.form, random, anchor, *parts = inputs
+        _, _, _, mask, ctx.arguments, random, anchor, *parts = inputs
         _save(ctx, parts, anchor, mask, random)
 
     @staticmethod
@@ -92,13 +85,13 @@ class DropITAttentionFunction(LayerFunction):
         weight: Tensor,
         bias: Tensor | None,
         mask: Tensor | None,
-        form: Form,
+        arguments: AttentionArguments,
         random: Tensor | None,
         anchor: Tensor | None,
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` and ``random`` as above."""
-        context = _side_by_side(form.attend(q, k, v, mask))
+        context = _side_by_side(arguments.attend(q, k, v, mask))
         rows = F.linear(as_rows(context), weight, bias)  # by rows, as PyTorch has it
         return as_non_view(rows.view(*context.shape[:-1], rows.shape[-1]))
 
@@ -106,7 +99,7 @@ class DropITAttentionFunction(LayerFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what attention alone would, and the weight."""
         without_zeros(ctx)
-        _, _, _, weight, _, mask, ctx.form, random, anchor, *parts = inputs
+        _, _, _, weight, _, mask, ctx.arguments, random, anchor, *parts = inputs
         _save(ctx, parts, weight, anchor, mask, random)
 
     @staticmethod
@@ -142,8 +135,8 @@ def _attend_again(
     # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced, and
     # draws dropout's mask from the generator that everybody uses.
     if is_traced() or (random is not None and not q.is_cuda):
-        return _attend_by_formula(q, k, v, mask, ctx.form, random, grad_context)
-    return _attend_by_kernel(q, k, v, mask, ctx.form, random, grad_context)
+        return _attend_by_formula(q, k, v, mask, ctx.arguments, random, grad_context)
+    return _attend_by_kernel(q, k, v, mask, ctx.arguments, random, grad_context)
 
 
 def _side_by_side(context: Tensor) -> Tensor:
@@ -151,26 +144,26 @@ def _side_by_side(context: Tensor) -> Tensor:
     return context.permute(2, 0, 1, 3).reshape(context.shape[2], context.shape[0], -1)
 
 
-def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form) -> bool:
+def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments) -> bool:
     """Whether attention can be told to keep q, k and v in few bits: wherever it could be run again in backward."""
-    if is_mapped(q) or (mask is not None and mask.requires_grad) or form.dropout >= 1:
+    if is_mapped(q) or (mask is not None and mask.requires_grad) or arguments.dropout >= 1:
         return False
-    if form.dropout > 0 and k.shape[:-2] != v.shape[:-2]:
+    if arguments.dropout > 0 and k.shape[:-2] != v.shape[:-2]:
         return False  # which PyTorch takes where groups of queries share keys
-    if form.dropout > 0 and (torch.compiler.is_compiling() or (q.is_cuda and is_traced())):
+    if arguments.dropout > 0 and (torch.compiler.is_compiling() or (q.is_cuda and is_traced())):
         return False  # a graph draws no random numbers twice
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
 def dropit_scaled_dot_product(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, form: Form, packer: Packer
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments, saver: Saver
 ) -> Tensor:
-    """``F.scaled_dot_product_attention`` that keeps q, k and v, (N, heads, L, head_dim), in ``packer.bits`` bits.
+    """Compute ``F.scaled_dot_product_attention``, and save q, k and v, (N, heads, L, head_dim), in ``saver.bits`` bits.
 
     ``mask`` gets no gradient.
     """
     q, k, v = autocast(q, k, v)
-    return DropITScaledDotProductFunction.apply(q, k, v, mask, form, *_saved(q, k, v, form, packer))  # type: ignore[no-any-return]
+    return DropITScaledDotProductFunction.apply(q, k, v, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
 
 
 def dropit_attention(
@@ -180,18 +173,18 @@ def dropit_attention(
     weight: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
-    form: Form,
-    packer: Packer,
+    arguments: AttentionArguments,
+    saver: Saver,
 ) -> Tensor:
     """The same, projected: (L, N, E)."""
     q, k, v, w, b = autocast(q, k, v, weight, bias)
-    return DropITAttentionFunction.apply(q, k, v, w, b, mask, form, *_saved(q, k, v, form, packer))  # type: ignore[no-any-return]
+    return DropITAttentionFunction.apply(q, k, v, w, b, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
 
 
-def _saved(q: Tensor, k: Tensor, v: Tensor, form: Form, packer: Packer) -> tuple[Any, ...]:
+def _saved(q: Tensor, k: Tensor, v: Tensor, arguments: AttentionArguments, saver: Saver) -> tuple[Any, ...]:
     """The state of the random numbers, if any are drawn, an anchor, and the parts of the packed tensors."""
-    random = _random_state(q.device) if form.dropout > 0 else None
-    packed = (packer.quantize(x, role) for x, role in ((q, "query"), (k, "key"), (v, "value")))
+    random = _random_state(q.device) if arguments.dropout > 0 else None
+    packed = (saver.quantize(x, role) for x, role in ((q, "query"), (k, "key"), (v, "value")))
     return random, _anchor_of(q, k, v), *(part for each in packed for part in each)
 
 
@@ -205,7 +198,7 @@ def _attend_by_kernel(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    form: Form,
+    arguments: AttentionArguments,
     random: Tensor | None,
     grad_context: Tensor,
 ) -> tuple[Tensor, ...]:
@@ -214,7 +207,7 @@ def _attend_by_kernel(
         if random is not None:
             _set_random_state(random, q.device)
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        context = form.attend(q, k, v, mask)
+        context = arguments.attend(q, k, v, mask)
         return context.detach(), *torch.autograd.grad(context, (q, k, v), grad_context)
 
 
@@ -223,24 +216,24 @@ def _attend_by_formula(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    form: Form,
+    arguments: AttentionArguments,
     random: Tensor | None,
     grad_context: Tensor,
 ) -> tuple[Tensor, ...]:
     """The same, with the weights (N, heads, L, S) in memory for a while."""
-    groups = q.shape[-3] // k.shape[-3] if form.enable_gqa else 1
+    groups = q.shape[-3] // k.shape[-3] if arguments.enable_gqa else 1
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
-    scale = 1 / math.sqrt(q.shape[-1]) if form.scale is None else form.scale
+    scale = 1 / math.sqrt(q.shape[-1]) if arguments.scale is None else arguments.scale
     scores = q @ k.transpose(-2, -1) * scale
-    if form.is_causal:
+    if arguments.is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -math.inf)
     if mask is not None:
         # Under autocast the forward pass has cast the mask.
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
     weights = _softmax(scores)
-    kept = None if random is None else _dropout_mask(weights, form.dropout, random)
+    kept = None if random is None else _dropout_mask(weights, arguments.dropout, random)
     dropped = weights if kept is None else weights * kept
     grad_weights = grad_context @ v.transpose(-2, -1)
     if kept is not None:

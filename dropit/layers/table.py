@@ -30,7 +30,7 @@ _LAZY = {
     "torchvision.models.convnext": "dropit.layers.torchvision",
 }
 # What DropIT shows of a layer, where the layer's class has nothing of that name itself.
-_SHOWN = ("packer", "strategy", "plain")
+_SHOWN = ("saver", "strategy", "plain")
 _READ = ("inplace",)  # what they define for layers that do not have it
 # What else of a class decides what its forward computes.
 PARTS_OF_FORWARD = ("forward", "_conv_forward", "_ff_block")
@@ -41,16 +41,25 @@ Layer = TypeVar("Layer", bound=type[DropITLayer])
 def register(layer: Layer) -> Layer:
     """Have ``to_dropit`` swap modules of type ``layer.plain`` for ``layer``. A decorator.
 
-    ``layer`` subclasses ``PackedInputLayer``, ``LosslessLayer`` or ``QuantizedLayer``, and ``layer.plain``; it adds no
-    state of its own.
+    ``layer`` subclasses ``DropITLayer`` and ``layer.plain``; it adds no state of its own.
     """
     plain = getattr(layer, "plain", None)
     if not (isinstance(layer, type) and issubclass(layer, DropITLayer)):
-        raise TypeError(f"{layer!r} is not a subclass of PackedInputLayer, LosslessLayer or QuantizedLayer")
+        raise TypeError(f"{layer!r} is not a subclass of DropITLayer")
     if not (isinstance(plain, type) and issubclass(layer, plain)):
         raise TypeError(f"{layer.__name__}.plain must be the class that it takes the place of, got {plain!r}")
     _enter(plain, layer)
     return layer
+
+
+def swap_class(layer: type[DropITLayer], plain: type[nn.Module], **members: Any) -> type[DropITLayer]:
+    """Return the class to swap in for ``plain``, made of it and ``layer``, and have ``to_dropit`` do so.
+
+    Its name is ``DropIT`` and the plain class's, under which pickle looks for it in the module of ``layer``; elsewhere
+    ``__module__`` is to be given.
+    """
+    members = {"plain": plain, "__doc__": layer.__doc__, "__module__": layer.__module__, **members}
+    return register(type(f"DropIT{plain.__name__}", (layer, plain), members))
 
 
 def _enter(plain: type[nn.Module], layer: type[DropITLayer]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from timm.layers.activations import GELU, GELUTanh
 from timm.layers.norm import LayerNorm, LayerNorm2d
@@ -13,59 +11,63 @@ from torch import Tensor
 
 from dropit.layers.activation import DropITActivation
 from dropit.layers.conv import Geometry, dropit_conv, is_usual
-from dropit.layers.layer import PackedInputLayer, QuantizedLayer
+from dropit.layers.layer import DropITLayer
 from dropit.layers.norm import dropit_batch_norm, dropit_layer_norm, dropit_layer_norm_2d, has_batches
-from dropit.layers.table import register
+from dropit.layers.table import register, swap_class
 
 
 @register
-class DropITLayerNorm(QuantizedLayer, LayerNorm):
-    """timm's LayerNorm that keeps 16, 8 or 4 bits per element."""
+class DropITLayerNorm(DropITLayer, LayerNorm):
+    """timm's LayerNorm that saves 16, 8 or 4 bits per element."""
 
     plain = LayerNorm
+    quantizes = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., C)."""
-        if not self.packs(x) or self._fast_norm:
+        if not self.saves(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm(x, self, self._dropit_packer)
+        return dropit_layer_norm(x, self, self._dropit_saver)
 
 
 @register
-class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):
-    """timm's LayerNorm over channels that keeps 16, 8 or 4 bits per element."""
+class DropITLayerNorm2d(DropITLayer, LayerNorm2d):
+    """timm's LayerNorm over channels that saves 16, 8 or 4 bits per element."""
 
     plain = LayerNorm2d
+    quantizes = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W)."""
-        if not self.packs(x) or self._fast_norm:
+        if not self.saves(x) or self._fast_norm:
             return super().forward(x)  # type: ignore[no-any-return]
-        return dropit_layer_norm_2d(x, self, self._dropit_packer)
+        return dropit_layer_norm_2d(x, self, self._dropit_saver)
 
 
 @register
-class DropITBatchNormAct2d(QuantizedLayer, BatchNormAct2d):
-    """timm's BatchNorm with an activation, which is a layer of its own, that keeps 16, 8 or 4 bits per element."""
+class DropITBatchNormAct2d(DropITLayer, BatchNormAct2d):
+    """timm's BatchNorm with an activation, which is a layer of its own, that saves 16, 8 or 4 bits per element."""
 
     plain = BatchNormAct2d
+    quantizes = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W)."""
-        if not self.packs(x) or x.dim() != 4 or not has_batches(x):
+        if not self.saves(x) or x.dim() != 4 or not has_batches(x):
             return super().forward(x)  # type: ignore[no-any-return]
-        return self.act(self.drop(dropit_batch_norm(x, self, self._dropit_packer)))  # type: ignore[no-any-return]
+        return self.act(self.drop(dropit_batch_norm(x, self, self._dropit_saver)))  # type: ignore[no-any-return]
 
 
 @register
-class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
+class DropITScaledStdConv2d(DropITLayer, ScaledStdConv2d):
     """timm's convolution with a standardized weight, with a packed input."""
 
     plain = ScaledStdConv2d
+    drops_input = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W)."""
-        if not self.saves(input=x):
+        if not self.is_active(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
         # Each is read as often as by timm, and in its order: a parametrization may go on with each reading.
         rows = self.weight.reshape(1, self.out_channels, -1)
@@ -74,20 +76,8 @@ class DropITScaledStdConv2d(PackedInputLayer, ScaledStdConv2d):
         weight, bias = weight.reshape_as(self.weight), self.bias
         if isinstance(self.padding, str) or not is_usual(x, weight):
             return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[arg-type]
-        return dropit_conv(x, weight, bias, Geometry.of(self, weight, self.padding), self._dropit_packer)
+        return dropit_conv(x, weight, bias, Geometry.of(self, weight, self.padding), self._dropit_saver)
 
 
-@register
-class DropITGELU(DropITActivation, GELU):
-    """timm's GELU that keeps 16, 8 or 4 bits per element."""
-
-    plain = GELU
-    curve: Any = "gelu"
-
-
-@register
-class DropITGELUTanh(DropITActivation, GELUTanh):
-    """timm's GELU by tanh that keeps 16, 8 or 4 bits per element."""
-
-    plain = GELUTanh
-    curve: Any = "gelu_tanh"
+DropITGELU = swap_class(DropITActivation, GELU, curve="gelu", __module__=__name__)
+DropITGELUTanh = swap_class(DropITActivation, GELUTanh, curve="gelu_tanh", __module__=__name__)

@@ -7,20 +7,21 @@ from typing import Any
 from torch import Tensor
 from torchvision.models.convnext import LayerNorm2d
 
-from dropit.layers.layer import QuantizedLayer
+from dropit.layers.layer import DropITLayer
 from dropit.layers.norm import dropit_layer_norm_2d
 from dropit.layers.table import register
 
 
 @register
-class DropITLayerNorm2d(QuantizedLayer, LayerNorm2d):  # type: ignore[misc]
-    """LayerNorm over channels that keeps 16, 8 or 4 bits per element."""
+class DropITLayerNorm2d(DropITLayer, LayerNorm2d):  # type: ignore[misc]
+    """LayerNorm over channels that saves 16, 8 or 4 bits per element."""
 
     plain = LayerNorm2d
+    quantizes = True
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W)."""
-        if not self.packs(x):
+        if not self.saves(x):
             return super().forward(x)  # type: ignore[no-any-return]
         layer: Any = self  # of torchvision, which has no types
-        return dropit_layer_norm_2d(x, layer, self._dropit_packer)
+        return dropit_layer_norm_2d(x, layer, self._dropit_saver)

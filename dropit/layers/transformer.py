@@ -8,19 +8,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.activation import dropit_activation
-from dropit.layers.layer import LosslessLayer
+from dropit.layers.layer import DropITLayer
 from dropit.layers.relu import dropit_relu
 from dropit.layers.table import register
 
 
-class _DropITFeedForward(LosslessLayer):
+class _DropITFeedForward(DropITLayer):
     def _ff_block(self: Any, x: Tensor) -> Tensor:
         hidden = self.linear1(x)
-        packer = getattr(self.linear1, "_dropit_packer", None)
-        if self.activation is F.relu and self.packs(hidden):
-            hidden = dropit_relu(hidden)
-        elif self.activation is F.gelu and packer is not None and packer.bits is not None and self.packs(hidden):
-            hidden = dropit_activation(hidden, "gelu", packer)
+        saver = getattr(self.linear1, "_dropit_saver", None)
+        if self.activation is F.relu and self.saves(hidden):
+            hidden = dropit_relu(hidden, self._dropit_saver.memo)
+        elif self.activation is F.gelu and saver is not None and saver.bits is not None and self.saves(hidden):
+            hidden = dropit_activation(hidden, "gelu", saver)
         else:
             hidden = self.activation(hidden)
         return self._dropout_after(self.linear2(self.dropout(hidden)))  # type: ignore[no-any-return]
@@ -28,7 +28,7 @@ class _DropITFeedForward(LosslessLayer):
 
 @register
 class DropITTransformerEncoderLayer(_DropITFeedForward, nn.TransformerEncoderLayer):
-    """nn.TransformerEncoderLayer whose ReLU keeps a bit per element; its other parts are layers of their own."""
+    """nn.TransformerEncoderLayer whose ReLU saves a bit per element; its other parts are layers of their own."""
 
     plain = nn.TransformerEncoderLayer
 
@@ -38,7 +38,7 @@ class DropITTransformerEncoderLayer(_DropITFeedForward, nn.TransformerEncoderLay
 
 @register
 class DropITTransformerDecoderLayer(_DropITFeedForward, nn.TransformerDecoderLayer):
-    """nn.TransformerDecoderLayer whose ReLU keeps a bit per element; its other parts are layers of their own."""
+    """nn.TransformerDecoderLayer whose ReLU saves a bit per element; its other parts are layers of their own."""
 
     plain = nn.TransformerDecoderLayer
 

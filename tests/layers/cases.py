@@ -5,10 +5,9 @@ import torch
 from dropit import ops
 
 
-def masked(packer, x, **dims):
-    """x as the layer's backward sees it: what the packer keeps, zeros elsewhere."""
-    x = x.detach()
-    return ops.unpack(packer.pack(x, x, **dims))
+def masked(saver, x, **dims):
+    """x as the layer's backward sees it: what the saver keeps, zeros elsewhere."""
+    return ops.unpack(saver._strategy("input").pack(x.detach(), value_dtype=saver.policy.value_dtype, **dims))
 
 
 def gradients(outputs, grad_output, inputs):

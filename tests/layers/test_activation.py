@@ -35,12 +35,12 @@ def gradient(module, x, grad_output):
 
 def kept(ours, x):
     """What the layer keeps of ``x``, in its place: the output of a sigmoid or tanh from its center, inverted."""
-    curve, packer = CURVES[ours.curve], ours.packer
-    if not packer.narrows(x):
+    curve, saver = CURVES[ours.curve], ours.saver
+    if not saver.policy.narrows(x):
         return x
     if curve.center is None:
-        return ops.unpack(packer.quantize(x.clamp(min=curve.floor[packer.bits])))
-    y = ops.unpack(packer.quantize(ours(x).detach() - curve.center)) + curve.center
+        return ops.unpack(saver.quantize(x.clamp(min=curve.floor[saver.bits])))
+    y = ops.unpack(saver.quantize(ours(x).detach() - curve.center)) + curve.center
     y = y.clamp(2 * curve.center - 1, 1).double()
     return y.logit() if curve.center else y.atanh()
 
@@ -105,7 +105,7 @@ def test_what_saturates_costs_its_neighbours_nothing(name, dtype, compress, valu
     half_step = (-curve.floor[bits] if curve.floor else 1) / (2 * reference.CODES[bits][0])
     assert (got - slopes).abs()[~huge].max() <= 1.1 * usual + half_step
     _, exact = gradient(plain, x, grad_output)
-    narrowed = ours.packer.narrows(x)
+    narrowed = ours.saver.policy.narrows(x)
     assert got.isfinite().all() if narrowed else torch.equal(got.isfinite(), exact.isfinite())
     assert got[huge].nan_to_num(0).abs().max() <= {16: 1e-4, 8: 0.01, 4: 0.1}[bits]
 
@@ -220,7 +220,7 @@ def test_stochastic_rounding_is_right_on_average_and_seeded():
 
     x = torch.linspace(-2, 2, 100)
     ours = make(1)
-    rounded = torch.stack([ops.unpack(ours.packer.quantize(x)) for _ in range(2000)])
+    rounded = torch.stack([ops.unpack(ours.saver.quantize(x)) for _ in range(2000)])
     torch.testing.assert_close(rounded.mean(dim=0), x, rtol=0, atol=0.01)
     ours = make(1)
     grads = [gradient(ours, x, torch.ones(100))[1] for _ in range(2)]

@@ -107,7 +107,7 @@ def test_grad_weight_is_that_of_the_masked_input():
         torch.testing.assert_close(by_name[name], exact_by_name[name], rtol=1e-12, atol=1e-12)
     # grad of in_proj's output, by hand: the exact one solves grad_weight = grad^T x for the true x.
     grad_projected = projected_gradient(plain, x)
-    expected = grad_projected.T @ masked(ours.packer, x).reshape(-1, E)
+    expected = grad_projected.T @ masked(ours.saver, x).reshape(-1, E)
     torch.testing.assert_close(by_name["in_proj_weight"], expected, rtol=1e-10, atol=1e-10)
 
 

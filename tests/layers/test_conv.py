@@ -39,7 +39,7 @@ def check_against_masked(ours, plain, x):
     torch.testing.assert_close(grad_bias, exact_bias, rtol=1e-12, atol=1e-12)
 
     (ours_weight,) = gradients(y, grad_output, [ours.weight])
-    (by_hand,) = gradients(plain(masked(ours.packer, x)), grad_output, [plain.weight])
+    (by_hand,) = gradients(plain(masked(ours.saver, x)), grad_output, [plain.weight])
     torch.testing.assert_close(ours_weight, by_hand, rtol=1e-12, atol=1e-12)
 
 
@@ -85,7 +85,7 @@ def check_against_masked_after_padding(mode, kernel, padding):
     torch.testing.assert_close(grad_input, gradients(exact, grad_output, [x])[0], rtol=1e-12, atol=1e-12)
 
     seen, rest = ours._pad(x.detach(), ours.weight)
-    by_hand = F.conv2d(masked(ours.packer, seen), plain.weight, padding=rest)
+    by_hand = F.conv2d(masked(ours.saver, seen), plain.weight, padding=rest)
     torch.testing.assert_close(ours_weight, gradients(by_hand, grad_output, [plain.weight])[0], rtol=1e-12, atol=1e-12)
 
 

@@ -5,12 +5,16 @@ import torch
 from torch import nn
 
 import dropit
+from dropit.convert import swap_in
 from dropit.layers import SWAPS
+from dropit.policy import SavePolicy
+from dropit.saver import Saver
+from dropit.strategies import MinK
 
 
 def swapped(plain):
     ours = copy.deepcopy(plain)
-    ours.__class__ = SWAPS[type(plain)]
+    swap_in(ours, SWAPS[type(plain)], Saver(SavePolicy(MinK())))
     return ours
 
 

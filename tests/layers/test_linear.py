@@ -38,7 +38,7 @@ def test_gradients_are_those_of_the_masked_input(make, bias):
     grad_output = torch.randn(*y.shape, 2, dtype=torch.float64)[..., 0]  # not contiguous
     grad_input, grad_weight, *rest = gradients(y, grad_output, [x, *linear.parameters()])
     rows = grad_output.reshape(-1, 10)
-    by_hand = torch.einsum("so,si->oi", rows, masked(linear.packer, x).reshape(-1, 24))
+    by_hand = torch.einsum("so,si->oi", rows, masked(linear.saver, x).reshape(-1, 24))
     torch.testing.assert_close(grad_weight, by_hand, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad_input, torch.einsum("...o,oi->...i", grad_output, linear.weight))
     for grad_bias in rest:
@@ -130,7 +130,7 @@ def test_autocast_gives_plain_pytorchs_output_and_keeps_the_narrow_input(dtype):
     assert meter.total_bytes == kept.nbytes + linear.weight.numel() * 2
     ours.float().sum().backward()
     assert linear.weight.grad.dtype == torch.float32
-    by_hand = torch.ones(32, 40) @ masked(linear.packer, x.to(dtype)).float()
+    by_hand = torch.ones(32, 40) @ masked(linear.saver, x.to(dtype)).float()
     torch.testing.assert_close(linear.weight.grad, by_hand, rtol=2e-2, atol=2e-2)
 
 

@@ -6,7 +6,6 @@ from torch import nn
 
 import dropit
 from dropit import ops
-from dropit.stored import offered
 
 # Of each layer: itself, the shape of its input, and the dimensions it takes its mean over.
 LAYERS = {
@@ -46,7 +45,7 @@ def gradients(module, x, grad_output):
 
 def stored(ours, normalized):
     """The normalized input as the layer's backward pass sees it."""
-    return ops.unpack(ours.packer.quantize(normalized))
+    return ops.unpack(ours.saver.quantize(normalized))
 
 
 def by_hand(ours, x, grad_output, dims):
@@ -193,8 +192,8 @@ def test_half_precision_offers_its_output_as_it_is(name):
     """PyTorch returns a rounded mean, but does not compute with it."""
     ours, _, x, _ = pair(name, "int8", torch.bfloat16)
     y = ours((x * 0.3 + 29).requires_grad_())
-    stored = offered(y).stored
-    assert (stored.restore(*stored.tensors) - y).float().norm() < 0.02 * y.float().norm()
+    saved = ours.saver.memo.published(y).saved
+    assert (saved.restore() - y).float().norm() < 0.02 * y.float().norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)

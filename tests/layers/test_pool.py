@@ -5,7 +5,11 @@ import torch
 from torch import nn
 
 import dropit
+from dropit.convert import swap_in
 from dropit.layers import SWAPS
+from dropit.policy import SavePolicy
+from dropit.saver import Saver
+from dropit.strategies import MinK
 
 POOLS = [
     nn.MaxPool1d(3),
@@ -23,7 +27,7 @@ SIZES = {1: (17,), 2: (17, 14), 3: (7, 9, 8)}
 
 def swapped(plain):
     ours = copy.deepcopy(plain)
-    ours.__class__ = SWAPS[type(plain)]
+    swap_in(ours, SWAPS[type(plain)], Saver(SavePolicy(MinK())))
     return ours
 
 

@@ -82,7 +82,7 @@ def check(case):
     x = random_layout(rng, shape, dtype).requires_grad_()
 
     # The inputs as the two backward passes see them: a copy of the strategy makes the same choice once more.
-    packer = copy.deepcopy(ours.packer)
+    saver = copy.deepcopy(ours.saver)
     y = ours(x)
     exact = plain(x)
     close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
@@ -95,19 +95,19 @@ def check(case):
     for index in range(len(inputs)):
         if index != 1:
             torch.testing.assert_close(got[index], true[index], **close)
-    by_hand = gradients(after_padding(ours, plain, x, packer), grad_output, [plain.weight])[0]
+    by_hand = gradients(after_padding(ours, plain, x, saver), grad_output, [plain.weight])[0]
     scale = max(1.0, by_hand.abs().max().item())  # sums of many products: the error grows with them
     torch.testing.assert_close(got[1] / scale, by_hand / scale, **close)
 
 
-def after_padding(ours, plain, x, packer):
+def after_padding(ours, plain, x, saver):
     """The plain layer's output of the masked input; where padding is a step of its own, it comes before the mask."""
     x = x.detach()
     if isinstance(plain, nn.Linear):
-        return plain(masked(packer, x))
+        return plain(masked(saver, x))
     seen, rest = ours._pad(x, ours.weight) if hasattr(ours, "_pad") else (x, None)
     batched = seen if x.dim() == plain.weight.dim() else seen.unsqueeze(0)
-    kept = masked(packer, batched, channel_dim=1)
+    kept = masked(saver, batched, channel_dim=1)
     if seen is x:
         y = plain(kept)
     else:

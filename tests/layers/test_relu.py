@@ -6,7 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropit
+from dropit.convert import swap_in
 from dropit.layers import SWAPS
+from dropit.policy import SavePolicy
+from dropit.saver import Saver
+from dropit.strategies import MinK
 
 ACTIVATIONS = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(-0.5, 2.0), nn.LeakyReLU(), nn.LeakyReLU(0.3)]
 SPECIAL = torch.tensor([0.0, -0.0, 6.0, -1.0, 1.0, float("nan"), float("inf"), -float("inf"), 1e-30])
@@ -14,7 +18,7 @@ SPECIAL = torch.tensor([0.0, -0.0, 6.0, -1.0, 1.0, float("nan"), float("inf"), -
 
 def swapped(plain):
     ours = copy.deepcopy(plain)
-    ours.__class__ = SWAPS[type(plain)]
+    swap_in(ours, SWAPS[type(plain)], Saver(SavePolicy(MinK())))
     return ours
 
 

@@ -8,13 +8,15 @@ from torch import nn
 import dropit
 from dropit import ops
 from dropit.layers import scaled_dot_product
-from dropit.layers.scaled_dot_product import Form, dropit_attention, dropit_scaled_dot_product
-from dropit.packer import Packer
+from dropit.layers.scaled_dot_product import AttentionArguments as Arguments
+from dropit.layers.scaled_dot_product import dropit_attention, dropit_scaled_dot_product
+from dropit.policy import SavePolicy
+from dropit.saver import Saver
 from dropit.strategies import MinK
 
 
-def packer(bits=8):
-    return Packer(MinK(0.9), bits=bits)
+def saver(bits=8):
+    return Saver(SavePolicy(MinK(0.9), bits=bits))
 
 
 def tensors():
@@ -44,17 +46,21 @@ def test_gradients_are_those_of_the_quantized_tensors(name, by_formula, bits, mo
     if by_formula:
         monkeypatch.setattr(scaled_dot_product, "is_traced", lambda: True)
     inputs = tensors()
-    y = dropit_attention(*inputs, mask, Form(0.0, causal), packer(bits))
+    y = dropit_attention(*inputs, mask, Arguments(0.0, causal), saver(bits))
     assert torch.equal(y, attention(*inputs, mask, 0.0, causal))
     grad_output = torch.randn_like(y)
     got = torch.autograd.grad(y, inputs, grad_output)
-    rounded = [ops.unpack(packer(bits).quantize(x)).requires_grad_() for x in inputs[:3]] + inputs[3:]
+    rounded = [ops.unpack(saver(bits).quantize(x)).requires_grad_() for x in inputs[:3]] + inputs[3:]
     exact = torch.autograd.grad(attention(*rounded, mask, 0.0, causal), rounded, grad_output)
     for ours, expected in zip(got, exact, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
 
-FORMS = {"causal": Form(is_causal=True), "scaled": Form(scale=0.3), "grouped queries": Form(enable_gqa=True)}
+FORMS = {
+    "causal": Arguments(is_causal=True),
+    "scaled": Arguments(scale=0.3),
+    "grouped queries": Arguments(enable_gqa=True),
+}
 
 
 @pytest.mark.parametrize("by_formula", [False, True], ids=["kernel", "formula"])
@@ -62,15 +68,15 @@ FORMS = {"causal": Form(is_causal=True), "scaled": Form(scale=0.3), "grouped que
 def test_attention_alone_takes_what_pytorchs_function_takes(name, by_formula, monkeypatch):
     if by_formula:
         monkeypatch.setattr(scaled_dot_product, "is_traced", lambda: True)
-    form = FORMS[name]
-    heads = 2 if form.enable_gqa else 4
+    arguments = FORMS[name]
+    heads = 2 if arguments.enable_gqa else 4
     sizes = [(2, 4, 9, 8), (2, heads, 9, 8), (2, heads, 9, 8)]
     inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes]
-    y = dropit_scaled_dot_product(*inputs, None, form, packer())
-    assert torch.equal(y, form.attend(*inputs, None))
+    y = dropit_scaled_dot_product(*inputs, None, arguments, saver())
+    assert torch.equal(y, arguments.attend(*inputs, None))
     grad_output = torch.randn_like(y)
-    rounded = [ops.unpack(packer().quantize(x)).requires_grad_() for x in inputs]
-    exact = torch.autograd.grad(form.attend(*rounded, None), rounded, grad_output)
+    rounded = [ops.unpack(saver().quantize(x)).requires_grad_() for x in inputs]
+    exact = torch.autograd.grad(arguments.attend(*rounded, None), rounded, grad_output)
     for ours, expected in zip(torch.autograd.grad(y, inputs, grad_output), exact, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
 
@@ -79,8 +85,8 @@ def test_a_mask_of_bools_hides_what_is_false():
     inputs = tensors()[:3]
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
     grad_output = torch.randn(2, 3, 9, 8, dtype=torch.float64)
-    causal = dropit_scaled_dot_product(*inputs, None, Form(is_causal=True), packer())
-    masked = dropit_scaled_dot_product(*inputs, mask, Form(), packer())
+    causal = dropit_scaled_dot_product(*inputs, None, Arguments(is_causal=True), saver())
+    masked = dropit_scaled_dot_product(*inputs, mask, Arguments(), saver())
     got = torch.autograd.grad(masked, inputs, grad_output)
     for ours, expected in zip(got, torch.autograd.grad(causal, inputs, grad_output), strict=True):
         torch.testing.assert_close(ours, expected)
@@ -89,7 +95,7 @@ def test_a_mask_of_bools_hides_what_is_false():
 def test_dropout_is_drawn_again_the_same():
     inputs = tensors()
     torch.manual_seed(3)
-    y = dropit_attention(*inputs, None, Form(0.4), packer())
+    y = dropit_attention(*inputs, None, Arguments(0.4), saver())
     torch.manual_seed(3)
     exact_y = attention(*inputs, dropout=0.4)
     assert torch.equal(y, exact_y)
@@ -129,21 +135,25 @@ def test_a_learned_bias_in_the_mask_keeps_its_gradient():
 
 def test_a_second_derivative_is_a_clear_error():
     inputs = tensors()
-    y = dropit_attention(*inputs, None, Form(), packer())
+    y = dropit_attention(*inputs, None, Arguments(), saver())
     (grad,) = torch.autograd.grad(y.sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("form", [Form(0.4), Form(0.4, True), Form(0.2, scale=0.3, enable_gqa=True)], ids=str)
-def test_dropouts_mask_is_the_forwards_whatever_the_form(form, dtype):
-    heads = 2 if form.enable_gqa else 4
+@pytest.mark.parametrize(
+    "arguments",
+    [Arguments(0.4), Arguments(0.4, True), Arguments(0.2, scale=0.3, enable_gqa=True)],
+    ids=str,
+)
+def test_dropouts_mask_is_the_forwards_whatever_the_form(arguments, dtype):
+    heads = 2 if arguments.enable_gqa else 4
     inputs = [torch.randn(2, h, 9, 8, dtype=dtype, requires_grad=True) for h in (4, heads, heads)]
     torch.manual_seed(3)
-    y = dropit_scaled_dot_product(*inputs, None, form, packer(16))
+    y = dropit_scaled_dot_product(*inputs, None, arguments, saver(16))
     torch.manual_seed(3)
-    exact = form.attend(*inputs, None)
+    exact = arguments.attend(*inputs, None)
     assert torch.equal(y, exact)
     grad_output = torch.randn_like(y)
     torch.rand(5)  # somebody draws in between
@@ -154,8 +164,8 @@ def test_dropouts_mask_is_the_forwards_whatever_the_form(form, dtype):
 def test_dropouts_mask_is_the_forwards_with_stochastic_rounding():
     inputs = tensors()
     torch.manual_seed(3)
-    stochastic = Packer(MinK(0.9), bits=16, stochastic=True)
-    y = dropit_attention(*inputs, None, Form(0.4), stochastic)
+    stochastic = Saver(SavePolicy(MinK(0.9), bits=16, stochastic=True))
+    y = dropit_attention(*inputs, None, Arguments(0.4), stochastic)
     torch.manual_seed(3)
     exact = attention(*inputs, dropout=0.4)
     assert torch.equal(y, exact)
@@ -166,7 +176,7 @@ def test_dropouts_mask_is_the_forwards_with_stochastic_rounding():
 
 def test_the_backward_pass_leaves_pytorchs_generator_to_other_threads(monkeypatch):
     """Set back and forth, it would give another thread numbers twice."""
-    y = dropit_scaled_dot_product(*tensors()[:3], None, Form(0.4), packer())
+    y = dropit_scaled_dot_product(*tensors()[:3], None, Arguments(0.4), saver())
     monkeypatch.setattr(torch, "set_rng_state", None)
     y.sum().backward()
 
@@ -183,7 +193,7 @@ def test_a_row_that_a_mask_hides_whole_has_no_gradient(name, by_formula, monkeyp
     if by_formula:
         monkeypatch.setattr(scaled_dot_product, "is_traced", lambda: True)
     inputs = [torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
-    y = dropit_scaled_dot_product(*inputs, HIDDEN[name], Form(), packer(16))
+    y = dropit_scaled_dot_product(*inputs, HIDDEN[name], Arguments(), saver(16))
     grad_output = torch.randn_like(y)
     got = torch.autograd.grad(y, inputs, grad_output)
     exact = torch.autograd.grad(F.scaled_dot_product_attention(*inputs, HIDDEN[name]), inputs, grad_output)

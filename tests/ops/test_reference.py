@@ -298,7 +298,8 @@ def test_nothing_may_be_packed(dtype, bits):
     for mask in (None, torch.empty(0, dtype=torch.bool)):
         for value_dtype in (None, torch.int8, torch.bfloat16):
             assert ops.unpack(ops.pack(flat, mask, 0, layout, value_dtype)).numel() == 0
-    assert ops.unpack(ops.backend(flat).pack_largest(flat, 256, 26, 0, layout._replace(per_block=26), torch.int8)).shape == x.shape
+    packed = ops.backend(flat).pack_largest(flat, 256, 26, 0, layout._replace(per_block=26), torch.int8)
+    assert ops.unpack(packed).shape == x.shape
     assert ops.pack_bits(torch.empty(0, dtype=torch.bool)).numel() == 0
     assert ops.unpack_bits(torch.empty(0, dtype=torch.uint8), 0).numel() == 0
     assert ops.apply_bitmask(flat, ops.range_bitmask(flat, 0.0, 1.0)).numel() == 0

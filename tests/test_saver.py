@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 import dropit
-from dropit.packer import Packer
+from dropit.policy import SavePolicy
+from dropit.rematerialize import Memo
+from dropit.saver import Saver
 from dropit.strategies import FastMinK, MinK
 from tests.layers.cases import masked
 
@@ -31,7 +33,7 @@ def test_a_tensor_read_by_three_layers_is_held_once():
         y = model(x)
     assert meter.total_bytes == model.q.strategy.pack(x).nbytes
     y.sum().backward()
-    expected = torch.ones(32, 40) @ masked(model.q.packer, x)
+    expected = torch.ones(32, 40) @ masked(model.q.saver, x)
     for layer in (model.q, model.k, model.v):
         torch.testing.assert_close(layer.weight.grad, expected)
 
@@ -55,7 +57,7 @@ def test_a_change_in_place_between_two_readers_is_noticed():
     second = model.k(x)
     (first + second).sum().backward()
     for layer, seen in ((model.q, before), (model.k, x)):
-        expected = torch.ones(32, 40) @ masked(layer.packer, seen)
+        expected = torch.ones(32, 40) @ masked(layer.saver, seen)
         torch.testing.assert_close(layer.weight.grad, expected)
 
 
@@ -65,28 +67,28 @@ def test_a_repeated_layer_packs_its_input_each_time_it_is_another():
     hidden = linear(x)
     linear(hidden).sum().backward()
     ones = torch.ones(20, 32)
-    expected = ones.T @ masked(linear.packer, hidden) + (ones @ linear.weight).T @ masked(linear.packer, x)
+    expected = ones.T @ masked(linear.saver, hidden) + (ones @ linear.weight).T @ masked(linear.saver, x)
     torch.testing.assert_close(linear.weight.grad, expected)
 
 
 def test_what_was_packed_dies_with_its_tensor():
-    packer = Packer(MinK(0.9))
+    memo, policy = Memo(), SavePolicy(MinK(0.9))
     x = torch.randn(100)
-    values = weakref.ref(packer.pack(x, x).values)
-    assert packer.for_layer("another").pack(x, x).values is values()
+    values = weakref.ref(Saver(policy, memo, "one").save(x, x).tensors[0])
+    assert Saver(policy, memo, "another").save(x, x).tensors[0] is values()
     del x
     assert values() is None
 
 
 def test_a_layer_that_reads_a_tensor_again_packs_it_again():
-    packer = Packer(MinK(0.9))
+    saver = Saver(SavePolicy(MinK(0.9)))
     x = torch.randn(100)
-    assert packer.pack(x, x).values is not packer.pack(x, x).values
+    assert saver.save(x, x).tensors[0] is not saver.save(x, x).tensors[0]
 
 
 def test_nothing_grows_over_a_thousand_steps():
     model = dropit.to_dropit(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 4)))
-    packer = model[0].packer
+    memo = model[0].saver.memo
 
     def step(number):
         y = model(torch.randn(8, 16))
@@ -108,7 +110,7 @@ def test_nothing_grows_over_a_thousand_steps():
     for number in range(1000):
         step(number)
     assert tensors() <= before
-    assert len(packer._shared.known) == 0
+    assert len(memo._inputs) == len(memo._publications) == 0
 
 
 def test_a_hugging_face_vit_layer_holds_one_packed_copy_of_what_its_projections_read():
@@ -127,13 +129,13 @@ def test_a_hugging_face_vit_layer_holds_one_packed_copy_of_what_its_projections_
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))], ids=["copy", "pickle"])
-def test_a_copy_has_the_strategy_and_a_memory_of_its_own(duplicate):
-    packer = Packer(FastMinK(0.8))
+def test_a_copy_has_the_policy_and_a_memo_of_its_own(duplicate):
+    saver = Saver(SavePolicy(FastMinK(0.8)))
     x = torch.randn(100)
-    packed = packer.pack(x, x)
-    other = duplicate(packer)
-    assert other.strategy == packer.strategy
-    assert other.pack(x, x).values is not packed.values
+    packed = saver.save(x, x)
+    other = duplicate(saver)
+    assert other.policy == saver.policy
+    assert other.save(x, x).tensors[0] is not packed.tensors[0]
     assert repr(other) == "FastMinK(gamma=0.8, per_sample=False, block_size=None)"
 
 
@@ -162,7 +164,7 @@ def test_a_buffer_refilled_between_steps_is_packed_anew(refill, compress):
     for _ in range(3):
         model.zero_grad()
         model(buffer).sum().backward()
-        expected = torch.ones(32, 40) @ masked(model.q.packer, buffer)
+        expected = torch.ones(32, 40) @ masked(model.q.saver, buffer)
         for layer in (model.q, model.k, model.v):
             torch.testing.assert_close(layer.weight.grad, expected)
         refill(buffer, torch.randn(40, 64))
@@ -175,7 +177,7 @@ def test_a_refill_between_two_readers_that_no_version_tells_is_noticed():
     x.numpy()[:] = -x.numpy()[::-1]
     (first + model.k(x)).sum().backward()
     for layer, seen in ((model.q, before), (model.k, x)):
-        torch.testing.assert_close(layer.weight.grad, torch.ones(32, 40) @ masked(layer.packer, seen))
+        torch.testing.assert_close(layer.weight.grad, torch.ones(32, 40) @ masked(layer.saver, seen))
 
 
 def test_learned_queries_stepped_through_data_are_packed_anew():
@@ -184,7 +186,7 @@ def test_learned_queries_stepped_through_data_are_packed_anew():
     for _ in range(3):
         linear.zero_grad()
         linear(queries).sum().backward()
-        torch.testing.assert_close(linear.weight.grad, torch.ones(32, 40) @ masked(linear.packer, queries))
+        torch.testing.assert_close(linear.weight.grad, torch.ones(32, 40) @ masked(linear.saver, queries))
         queries.data.add_(torch.randn(40, 64))
 
 
@@ -258,5 +260,5 @@ def test_a_loaded_state_goes_on_with_the_next_choice(name):
 def test_layers_choose_for_themselves():
     model = dropit.to_dropit(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), "random", 0.5, seed=0)
     x = torch.ones(8, 16)
-    kept = [masked(layer.packer, x) for layer in model]
+    kept = [masked(layer.saver, x) for layer in model]
     assert not torch.equal(*kept)

@@ -5,43 +5,32 @@ import torch
 from torch import nn
 
 import dropit
-from dropit import ops
 from dropit.packed import keep_dense
-from dropit.packer import Packer
-from dropit.stored import Offered, Stored, offer, offered
+from dropit.policy import SavePolicy
+from dropit.rematerialize import Memo, Published
+from dropit.saved import Saved
+from dropit.saver import Saver
 from dropit.strategies import MinK
 
 
-def restored(stored):
-    return stored.restore(*stored.tensors)
+@pytest.fixture
+def memo():
+    return Memo()
 
 
 def of(x):
-    """An offer of ``x`` as it is."""
-    return Offered(Stored.of(keep_dense(x)), 8)
+    """What is published where ``x`` is saved as it is."""
+    return Published(Saved.of(keep_dense(x)), 8)
 
 
-def test_what_is_packed_comes_back_as_unpacked():
-    packed = MinK(0.5).pack(torch.randn(4, 100))
-    assert torch.equal(restored(Stored.of(packed)), ops.unpack(packed))
-
-
-def test_a_function_of_what_is_stored():
-    x, shift = torch.randn(3, 4), torch.ones(4)
-    stored = Stored.of(keep_dense(x)).then(torch.sub, shift).then(torch.relu)
-    assert torch.equal(restored(stored), (x - 1).relu())
-    assert stored.tensors[-1] is shift
-    assert restored(stored.cast(torch.bfloat16)).dtype is torch.bfloat16
-
-
-def test_an_offer_is_for_that_very_tensor():
+def test_a_tensor_is_published_by_itself(memo):
     x = torch.randn(2, 3)
-    assert offered(x) is None
-    assert offer(x, of(x * 2)) is x
-    assert torch.equal(restored(offered(x).stored), x * 2)
-    assert offered(x.clone()) is None
-    assert offered(x[:1]) is None
-    assert offer(x, None) is x
+    assert memo.published(x) is None
+    assert memo.publish(x, of(x * 2)) is x
+    assert torch.equal(memo.published(x).saved.restore(), x * 2)
+    assert memo.published(x.clone()) is None
+    assert memo.published(x[:1]) is None
+    assert memo.publish(x, None) is x
 
 
 VIEWS = {
@@ -55,50 +44,47 @@ VIEWS = {
 
 @pytest.mark.parametrize("name", VIEWS)
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_an_offer_is_for_all_views_of_the_whole(name, order):
+def test_and_so_are_all_views_of_the_whole(memo, name, order):
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=order)
-    offer(x, of(x * 2))
+    memo.publish(x, of(x * 2))
     try:
         view = VIEWS[name](x)
     except RuntimeError:
         pytest.skip("no view in this order")
     if view._base is None:
         pytest.skip("a copy")
-    got = restored(offered(view).stored)
+    got = memo.published(view).saved.restore()
     assert torch.equal(got, view * 2)
     assert got.stride() == (view * 2).stride()
 
 
 @pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: x.view(-1)[:2].zero_(), lambda x: x.relu_()])
-def test_a_change_in_place_ends_the_offer(change):
+def test_a_change_in_place_ends_the_publication(memo, change):
     x = torch.randn(2, 3)
-    offer(x, of(x.clone()))
+    memo.publish(x, of(x.clone()))
     view = x.view(6)
     change(x)
-    assert offered(x) is None
-    assert offered(view) is None
+    assert memo.published(x) is None
+    assert memo.published(view) is None
 
 
-def test_an_offer_dies_with_its_tensor():
-    from dropit import stored
-
-    before = len(stored._offers)
+def test_a_publication_dies_with_its_tensor(memo):
     x = torch.randn(2, 3)
-    offer(x, of(x.clone()))
-    assert len(stored._offers) == before + 1
+    memo.publish(x, of(x.clone()))
+    assert len(memo._publications) == 1
     del x
-    assert len(stored._offers) == before
+    assert len(memo._publications) == 0
 
 
-def test_a_packer_stores_nothing_more():
+def test_a_reader_saves_nothing_more(memo):
     x = torch.randn(8, 100)
-    packer = Packer(MinK(0.9), bits=8)
-    held = of(x.clone())
-    offer(x, held)
-    assert packer.store(x, x).tensors == packer.store_all(x).tensors == held.stored.tensors
-    cast = packer.store(x.bfloat16(), x)
-    assert cast.tensors == held.stored.tensors
-    assert restored(cast).dtype is torch.bfloat16
+    saver = Saver(SavePolicy(MinK(0.9), bits=8), memo)
+    published = of(x.clone())
+    memo.publish(x, published)
+    assert saver.save(x, x).tensors == saver.save_whole(x).tensors == published.saved.tensors
+    cast = saver.save(x.bfloat16(), x)
+    assert cast.tensors == published.saved.tensors
+    assert cast.restore().dtype is torch.bfloat16
 
 
 CHAINS = {
@@ -157,7 +143,7 @@ def test_a_layer_reads_what_the_one_before_it_keeps(name, compress, dtype):
         assert (got - exact).norm() < QUANTIZED[compress] * exact.norm() + 1e-2 * (dtype is torch.bfloat16)
 
 
-def test_what_lies_between_in_place_is_no_secret():
+def test_a_change_in_place_between_two_layers_is_noticed():
     """A residual connection adds to the normalization's output, in place: the convolution reads another tensor."""
 
     class Block(nn.Module):
@@ -204,7 +190,7 @@ UNSEEN = {
 
 @pytest.mark.parametrize("between", [nn.Identity(), nn.ReLU()], ids=["", "ReLU"])
 @pytest.mark.parametrize("name", UNSEEN)
-def test_a_change_that_no_version_tells_ends_the_offer(name, between):
+def test_a_change_that_no_version_tells_ends_the_publication(name, between):
     torch.manual_seed(0)
     norm, linear = nn.LayerNorm(64), nn.Linear(64, 8)
     dropit.to_dropit(nn.Sequential(norm, between, linear), gamma=0.0, compress="int8")
@@ -233,7 +219,7 @@ def test_what_is_stored_by_reference_may_change_before_it_is_read(dtype):
     assert (grad - exact).norm() < 0.02 * exact.norm()
 
 
-def test_a_change_of_a_parameter_after_the_offer_is_none_of_the_readers_business():
+def test_a_change_of_a_parameter_after_publication_does_not_reach_the_reader():
     norm, linear = nn.LayerNorm(64), nn.Linear(64, 8)
     dropit.to_dropit(nn.Sequential(norm, linear), gamma=0.0, compress="int8")
     y = norm(torch.randn(40, 64))

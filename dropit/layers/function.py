@@ -1,0 +1,152 @@
+"""What the layers' autograd Functions have in common."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from dropit.tracing import is_traced
+
+
+def without_zeros(ctx: Any) -> None:
+    """Have a backward pass be given None where no gradient comes, and not zeros."""
+    if not is_traced():
+        ctx.set_materialize_grads(False)
+
+
+def none_for_none(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Have ``backward`` return no gradients where none comes, as PyTorch's operators do: a parameter then has none."""
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grad_outputs: Tensor | None) -> Any:
+        if grad_outputs[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, *grad_outputs)
+
+    return checked
+
+
+def anchor(x: Tensor) -> Tensor | None:
+    """No element of ``x``, but what depends on it under torch.func, for :func:`first_order_only`; None elsewhere."""
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return None
+    return x.reshape(-1)[:0].clone()
+
+
+def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
+    raise NotImplementedError(
+        "DropIT's layers have no forward-mode derivative; dropit.from_dropit(model) gives the plain layers back"
+    )
+
+
+class LayerFunction(Function):
+    """What a layer calls to have a node of its own in the graph. Takes all arguments by position.
+
+    A subclass has ``forward`` and ``setup_context`` apart, as torch.func wants it. Where nothing transforms the call, a
+    class of both in one is called instead: PyTorch binds the arguments of the other to a signature, for 30 to 100 us.
+    """
+
+    _at_once: ClassVar[type[Function]]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Make the class of both in one."""
+        super().__init_subclass__(**keywords)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = cls.forward(*args)
+            cls.setup_context(ctx, args, output)
+            return output
+
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return cls.backward(ctx, *grads)
+
+        methods = {"forward": forward, "backward": backward, "jvp": _no_forward_mode}
+        methods = {name: staticmethod(method) for name, method in methods.items()}
+        cls._at_once = type(cls.__name__, (Function,), methods)
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        """The output of ``forward``, in the graph."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return cls._at_once.apply(*args)
+
+
+class _FirstOrderOnly(Function):
+    """Identity, in the graph of ``through``, that cannot be differentiated."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad: Tensor, through: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        raise RuntimeError(
+            "a gradient that was computed from a packed input cannot be differentiated again; "
+            "dropit.from_dropit(model) gives second derivatives back"
+        )
+
+
+def first_order_only(grad: Tensor, through: Tensor | None = None) -> Tensor:
+    """``grad``, which is an error to differentiate: autograd knows nothing of the input that was packed.
+
+    ``through``: what requires a gradient wherever ``grad`` has a derivative, under torch.func an :func:`anchor` of what
+    was packed; None where that cannot be told.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return grad  # no create_graph, so no second derivative
+    if through is None:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return grad  # torch.func differentiates always; a leaf from here would leak out of it
+        through = torch.zeros((), requires_grad=True)
+    return _FirstOrderOnly.apply(grad, through)  # type: ignore[no-any-return]
+
+
+class _WithZeros(Function):
+    """Identity, in the graph of ``link``, to which it gives a gradient of zeros."""
+
+    @staticmethod
+    def forward(grad: Tensor, link: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        without_zeros(ctx)
+        ctx.shape = inputs[1].shape
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return (None, None) if grad is None else (grad, grad.new_zeros(ctx.shape))
+
+
+def link_to(x: Tensor) -> tuple[Tensor] | None:
+    """What :func:`with_zeros` takes, for a Function that saves nothing of ``x`` that is in its graph.
+
+    In a tuple, which a Function takes as it is: no gradient goes that way but a second one.
+    """
+    if not x.requires_grad or is_traced():
+        return None
+    # No element of x, but in its graph, by an operator that saves nothing: 4 us.
+    return (torch.constant_pad_nd(x, [0, -x.shape[-1]] if x.dim() else []),)
+
+
+def with_zeros(grad: Tensor, link: tuple[Tensor] | None) -> Tensor:
+    """``grad``, of which the derivative by the layer's input is zeros, and not none.
+
+    So have PyTorch's operators it, whose derivative is constant but where it jumps: under a gradient penalty the
+    parameters before them have gradients of zeros, which an optimizer with momentum or weight decay does not ignore.
+    """
+    if link is None or not torch.is_grad_enabled():
+        return grad
+    return _WithZeros.apply(grad, *link)  # type: ignore[no-any-return]

@@ -1,0 +1,135 @@
+"""Share what is saved for backward between the layers of a model, so that nothing is saved twice.
+
+A normalization that saves its normalized input x-hat in 8 bits can compute its output from them, as
+x-hat * weight + bias. A convolution that reads this output then saves nothing of it, and drops nothing from it: it
+restores the output from what the normalization saved. So does one behind a ReLU, which applies the ReLU once more.
+And an input that several layers read, as queries, keys and values do, is packed once for all of them.
+
+The rules:
+
+- Who publishes: a layer whose output follows from what it saves (normalization, smooth activations), and one whose
+  output follows from an input that was published (ReLU, max-pooling).
+- Who may read: any layer converted in the same call of ``to_dropit`` that is given the published tensor itself, or a
+  view that has the same elements.
+- What ends it: a change of the tensor, noticed by its version and, on a CPU, by a digest of its elements
+  (:class:`dropit.snapshot.Snapshot`). What was packed of an input is given once to each reader, so that a tensor that
+  lives on, as a buffer refilled for each batch, is packed again in the next pass.
+- Another scope: activation checkpointing runs a region twice, and what was saved outside of it is out of reach there.
+  A reader then saves the tensor again, in as many bits as the publishing layer, and still drops nothing.
+- torch.compile and torch.func: nothing is published or shared while one of them traces, as they cannot tell whether a
+  tensor is changed in place later. A compiler merges equal computations by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dropit.packed import Layout, Packed, is_dense_in_memory, layout_of, unflatten
+from dropit.saved import Saved
+from dropit.snapshot import Snapshot
+from dropit.tracing import is_traced
+
+
+class Published(NamedTuple):
+    """What was published for a tensor. ``saved`` is None where it is out of reach, and has to be saved again."""
+
+    saved: Saved | None
+    bits: int  # in which the publishing layer saves
+
+    def map(self, name: str, function: Callable[..., Tensor], *tensors: Tensor | None) -> Published:
+        """Return what is published for ``function`` of the tensor."""
+        return self._replace(saved=self.saved and self.saved.map(name, function, *tensors))
+
+    def out_of_reach(self) -> Published:
+        """Return the same without what is saved."""
+        return self._replace(saved=None)
+
+
+class _Publication(NamedTuple):
+    published: Published
+    snapshot: Snapshot  # of the tensor that it is for
+    versions: tuple[int, ...]  # of the saved tensors
+
+
+class _SharedInput(NamedTuple):
+    packed: Packed
+    key: tuple[Any, ...]  # all that decides what is packed
+    snapshot: Snapshot  # of the input
+    readers: set[tuple[str, str]]  # which have it: layer and role
+
+
+class Memo:
+    """What the layers of a model publish of their outputs and have packed of their inputs, until these die."""
+
+    def __init__(self) -> None:
+        self._publications: Any = WeakTensorKeyDictionary()
+        self._inputs: Any = WeakTensorKeyDictionary()
+
+    def publish(self, x: Tensor, published: Published | None) -> Tensor:
+        """Let the layers that read ``x`` restore it from what another layer saves. Returns ``x``.
+
+        Where ``published.saved`` is None they learn only that they must not drop from it: nothing is saved within the
+        first run of a checkpointed region.
+        """
+        if published is not None and not is_traced() and not x.is_inference():
+            self._publications[x] = _Publication(published, Snapshot.of(x), _versions(published.saved))
+        return x
+
+    def published(self, x: Tensor) -> Published | None:
+        """Return what was published for ``x`` or for the tensor that it is a view of, if that has not changed since."""
+        if is_traced() or x.is_inference():
+            return None
+        base = x if x._base is None else x._base
+        for source in (x, base):
+            found: _Publication | None = self._publications.get(source)
+            if found is None or not found.snapshot.matches(source):
+                continue
+            published = found.published
+            if found.versions != _versions(published.saved) or not found.snapshot.scope.is_current():
+                published = published.out_of_reach()
+            if source is x:
+                return published
+            if x.numel() == source.numel() and is_dense_in_memory(x) and is_dense_in_memory(source):
+                return published.map("view", partial(_viewed, layout_of(source), layout_of(x)))
+        return None
+
+    def packed(self, source: Tensor, key: tuple[Any, ...], reader: tuple[str, str]) -> Packed | None:
+        """Return what was packed of ``source`` for another reader, if it has not changed since."""
+        if not _can_share(source):
+            return None
+        entry: _SharedInput | None = self._inputs.get(source)
+        if entry is None or entry.key != key or reader in entry.readers:
+            return None
+        if not entry.snapshot.scope.is_current() or not entry.snapshot.matches(source):
+            return None
+        entry.readers.add(reader)
+        return entry.packed
+
+    def share(self, source: Tensor, key: tuple[Any, ...], reader: tuple[str, str], packed: Packed) -> None:
+        """Keep what ``reader`` packed of ``source`` for other readers."""
+        if _can_share(source) and not packed.is_dense:
+            self._inputs[source] = _SharedInput(packed, key, Snapshot.of(source), {reader})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Memo, ()  # a copy of a model shares nothing with it
+
+
+def _can_share(source: Tensor) -> bool:
+    # A compiler merges equal computations by itself, and a parameter may not be known by a weak reference.
+    return not (is_traced() or source.is_inference() or isinstance(source, nn.Parameter))
+
+
+def _versions(saved: Saved | None) -> tuple[int, ...]:
+    if saved is None:
+        return ()
+    return tuple(-1 if x is None or x.is_inference() else x._version for x in saved.tensors)
+
+
+def _viewed(source: Layout, layout: Layout, dense: Tensor) -> Tensor:
+    """The same elements, in the same order in memory, under another shape."""
+    return unflatten(dense.permute(source.order).reshape(-1).to(layout.dtype), layout)

@@ -1,0 +1,84 @@
+"""Saved: the tensors that a layer saves for backward, and the recipe that computes a dense tensor from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dropit import ops
+from dropit.packed import Layout, Packed
+
+
+class _Step(NamedTuple):
+    """``function(x, *tensors)`` of the tensor x so far, or ``function(*tensors)`` in the first step."""
+
+    name: str
+    function: Callable[..., Tensor]
+    tensors: int  # how many of the saved tensors it takes
+
+
+class Recipe(NamedTuple):
+    """How to compute a dense tensor from saved ones; holds none of them, so that a node of the graph may keep it."""
+
+    steps: tuple[_Step, ...]
+
+    def restore(self, *tensors: Tensor | None) -> Tensor:
+        """Compute the dense tensor, or close to it, from all saved tensors in order."""
+        first, *others = self.steps
+        x, taken = first.function(*tensors[: first.tensors]), first.tensors
+        for step in others:
+            x = step.function(x, *tensors[taken : taken + step.tensors])
+            taken += step.tensors
+        return x
+
+    def __repr__(self) -> str:
+        return " -> ".join(step.name for step in self.steps)
+
+
+class Saved(NamedTuple):
+    """``recipe.restore(*tensors)`` is the dense tensor, or close to it. ``tensors`` are what autograd is to save."""
+
+    recipe: Recipe
+    tensors: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, packed: Packed, name: str = "input") -> Saved:
+        """Return what is saved of a packed tensor, which ``name`` stands for in the recipe."""
+        unpack = _Step(f"{_encoding(packed)} {name}", partial(_unpack, packed.layout), 3)
+        return cls(Recipe((unpack,)), (packed.values, packed.positions, packed.scales))
+
+    def map(self, name: str, function: Callable[..., Tensor], *tensors: Tensor | None) -> Saved:
+        """Return what gives ``function(x, *tensors)`` of the dense tensor x."""
+        steps = (*self.recipe.steps, _Step(name, function, len(tensors)))
+        return Saved(Recipe(steps), (*self.tensors, *tensors))
+
+    def cast(self, dtype: torch.dtype) -> Saved:
+        """Return what gives the dense tensor in ``dtype``."""
+        return self.map(str(dtype).removeprefix("torch."), partial(_cast, dtype))
+
+    def restore(self) -> Tensor:
+        """Compute the dense tensor, or close to it."""
+        return self.recipe.restore(*self.tensors)
+
+    def __repr__(self) -> str:
+        return repr(self.recipe)
+
+
+def _encoding(packed: Packed) -> str:
+    if packed.is_dense:
+        return "dense"
+    if packed.positions is not None:
+        return "packed"
+    return {torch.int16: "int16", torch.int8: "int8", torch.uint8: "int4"}.get(packed.values.dtype, "narrowed")
+
+
+def _unpack(layout: Layout, values: Tensor, positions: Tensor | None, scales: Tensor | None) -> Tensor:
+    return ops.unpack(Packed(values, positions, scales, layout))
+
+
+def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:
+    return x.to(dtype)

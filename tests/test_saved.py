@@ -1,0 +1,27 @@
+import torch
+from torch import nn
+
+import dropit
+from dropit import ops
+from dropit.packed import keep_dense
+from dropit.saved import Saved
+from dropit.strategies import MinK
+
+
+def test_what_is_packed_is_restored_by_unpacking():
+    packed = MinK(0.5).pack(torch.randn(4, 100))
+    assert torch.equal(Saved.of(packed).restore(), ops.unpack(packed))
+
+
+def test_a_function_of_what_is_saved():
+    x, shift = torch.randn(3, 4), torch.ones(4)
+    saved = Saved.of(keep_dense(x)).map("minus", torch.sub, shift).map("relu", torch.relu)
+    assert torch.equal(saved.restore(), (x - 1).relu())
+    assert saved.tensors[-1] is shift
+    assert saved.cast(torch.bfloat16).restore().dtype is torch.bfloat16
+
+
+def test_a_recipe_reads_as_the_chain_that_it_computes():
+    model = dropit.to_dropit(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)), gamma=0, compress="int8")
+    y = model[1](model[0](torch.randn(2, 4, 8, 8)))
+    assert repr(model[2].saver.save(y, y)) == "int8 x-hat -> affine -> relu"
