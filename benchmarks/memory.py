@@ -48,7 +48,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bfloat16 autocast" if args.autocast else "float32"
     print(f"{args.strategy}, gamma {args.gamma}, {precision}; MiB at batch {SCALED_TO}; {report.hardware()}\n")
-    header, records, rows = ["held for backward", *args.methods], [], []
+    header, records, rows = ["saved for backward", *args.methods], [], []
     print(report.table(header, []), flush=True)
     for name in args.models:
         task = TASKS[name]

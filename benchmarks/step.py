@@ -4,7 +4,7 @@
                               [--repeats 7] [--autocast] [--output DIRECTORY] [--quick]
 
 A step is forward, backward and SGD. The variants take turns, step by step, after a warm-up; a variant's time is the
-median, over the turns, of its time by the plain model's in the same turn. Its memory is what is held for backward
+median, over the turns, of its time by the plain model's in the same turn. Its memory is what is saved for backward
 (CacheMeter) and, on a GPU, the peak of a step, both by the plain model's. ``--output`` writes JSON, Markdown and a
 picture of time against memory.
 """
@@ -136,7 +136,7 @@ def main() -> None:
     args.methods = ["plain", *(name for name in args.methods if name != "plain")]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bfloat16 autocast" if args.autocast else "float32"
-    memory, key = ("peak of a step", "peak_mib") if device == "cuda" else ("held for backward", "held_mib")
+    memory, key = ("peak of a step", "peak_mib") if device == "cuda" else ("saved for backward", "held_mib")
     print(f"gamma {args.gamma}, {precision}; {report.hardware()}; time (and {memory}) by the plain model's\n")
     header, records, rows = ["a step", *args.methods], [], []
     print(report.table(header, []), flush=True)

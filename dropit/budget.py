@@ -1,7 +1,7 @@
 """fit_budget: spend a budget of bytes where it lowers the gradients' error most.
 
 What each way to treat a layer costs is measured (:mod:`dropit.calibration`); the choice of one for each layer with the
-least error in sum is then found exactly, and moved until what the model really holds fits.
+least error in sum is then found exactly, and adjusted until what the model really saves fits.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Plan:
         return math.ceil(round(exact, 6))
 
     def setting(self, spare: float) -> Setting:
-        """What to choose where ``spare`` bytes may be held beyond the least that the items can."""
+        """Return what to choose where ``spare`` bytes may be saved beyond the least that the items can."""
         chosen: Setting = {}
         cells = _CELLS + len(self._items)
         left = cells if spare >= self.span else max(int(spare / self._cell), 0)
@@ -243,7 +243,7 @@ def fit(
     levels: tuple[int, ...],
     on_step: Callable[[int, int], None] | None = None,
 ) -> Setting:
-    """The setting of least error under which ``forward()`` holds at most ``budget`` bytes.
+    """Return the setting of least error under which ``forward()`` saves at most ``budget`` bytes.
 
     ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; its own cache is not counted.
     ``value_dtype``: what kept values are stored in, but where all are kept as they are. ``levels``: the numbers of bits
@@ -257,21 +257,21 @@ def fit(
     with in_training(model):
         items = calibration.items()
         plan = Plan(items)
-        least = calibration.held(plan.setting(0))
+        least = calibration.saved_bytes(plan.setting(0))
         if least > budget:
             raise ValueError(
-                f"budget of {budget / 2**20:.1f} MiB cannot be met: the least that this model holds is "
+                f"budget of {budget / 2**20:.1f} MiB cannot be met: the least that this model saves is "
                 f"{least / 2**20:.1f} MiB"
             )
-        held, chosen = _spend(plan, budget, least, calibration.held)
-        if held < _ENOUGH * budget and budget - least < plan.span:
-            fuller, other = _spend(Plan(items, _NEGLIGIBLE), budget, least, calibration.held)
-            chosen = other if fuller > held else chosen
+        saved, chosen = _spend(plan, budget, least, calibration.saved_bytes)
+        if saved < _ENOUGH * budget and budget - least < plan.span:
+            fuller, other = _spend(Plan(items, _NEGLIGIBLE), budget, least, calibration.saved_bytes)
+            chosen = other if fuller > saved else chosen
         return chosen
 
 
 def _spend(plan: Plan, budget: int, least: int, measure: Callable[[Setting], int]) -> tuple[int, Setting]:
-    """The setting that the plan has for ``budget``, and what it holds.
+    """Return the bytes that the plan's setting for ``budget`` saves, and the setting.
 
     That is almost, but not quite, the sum of its items: what is spent beyond ``least`` is moved until it fits.
     """
@@ -279,15 +279,15 @@ def _spend(plan: Plan, budget: int, least: int, measure: Callable[[Setting], int
     best, chosen = least, plan.setting(0)
     for _ in range(_TRIES):
         setting = plan.setting(spare)
-        held = measure(setting)
-        if held <= budget:
+        saved = measure(setting)
+        if saved <= budget:
             low = spare
-            if held >= best:
-                best, chosen = held, setting
-            if held >= _CLOSE * budget or spare >= plan.span:
+            if saved >= best:
+                best, chosen = saved, setting
+            if saved >= _CLOSE * budget or spare >= plan.span:
                 break
         else:
             high = spare
-        moved = spare + (1 + _CLOSE) / 2 * budget - held
+        moved = spare + (1 + _CLOSE) / 2 * budget - saved
         spare = moved if low < moved < high else (low + high) / 2
     return best, chosen

@@ -1,4 +1,4 @@
-"""Measure what each way to treat a layer costs: the bytes that it holds, and the error of the gradients.
+"""Measure what each setting of a layer costs: the bytes that it saves, and the error of the gradients.
 
 Dropping leaves the gradients of activations exact, so what it costs one layer's weight gradient is independent of all
 other layers: a few steps on one batch, each with another gamma for all layers, give every layer's error. Quantization's
@@ -33,7 +33,7 @@ _BETWEEN = 8  # values of gamma from one step's to the next's
 
 
 class Choice(NamedTuple):
-    """How a layer stores what it keeps: ``gamma`` and ``value_dtype`` of its packed input, ``bits`` of all else."""
+    """How a layer saves its tensors: ``gamma`` and ``value_dtype`` of its packed input, ``bits`` of all else."""
 
     gamma: float = 0.0
     value_dtype: torch.dtype | None = None
@@ -47,7 +47,7 @@ Gradients = dict[str, list[Tensor]]  # of each layer's own parameters, by its na
 
 
 class Option(NamedTuple):
-    """One way to treat an item, its bytes, and its error."""
+    """One setting of an item, its bytes, and its error."""
 
     choice: Choice
     nbytes: float
@@ -55,7 +55,7 @@ class Option(NamedTuple):
 
 
 class Item(NamedTuple):
-    """Layers that are treated alike, as they hold something together, and the ways to treat them."""
+    """Layers that get the same setting, as they save something together, and their options."""
 
     names: tuple[str, ...]
     options: list[Option]
@@ -90,21 +90,21 @@ class Calibration:
         self._offloads = False  # what a step saves waits in the host's memory
         self._steps = self._taken = 0
 
-    def held(self, setting: Setting) -> int:
-        """Bytes that a forward pass holds; it keeps none of them."""
+    def saved_bytes(self, setting: Setting) -> int:
+        """Return the bytes that a forward pass saves; they are freed at once."""
         return self._meter(setting).total_bytes
 
     def items(self) -> list[Item]:
-        """What there is to choose, with the bytes and the error of each way."""
-        kept, packed = self._kept(), self._packed()
-        meters = {choice: self._meter(self._all(choice)) for choice in (*kept, *packed)}
+        """Return what there is to choose, with the bytes and the error of each option."""
+        undropped, packed = self._undropped(), self._packed()
+        meters = {choice: self._meter(self._all(choice)) for choice in (*undropped, *packed)}
         groups = self._groups(meters)
         quantizing = [names for names in groups if any(fqn in self._quantizing for fqn in names)]
         self._steps = len(meters) + len(quantizing)
         with _nothing_at_zero(self._model):
-            exact = self._gradients(self._all(kept[0]))
+            exact = self._gradients(self._all(undropped[0]))
             self._weights = _weights(exact)
-            rounded = self._gradients(self._all(kept[1]))
+            rounded = self._gradients(self._all(undropped[1]))
             overall = sum(self._errors(rounded, exact).values())
             dropping = {
                 choice: self._errors(self._gradients(self._all(choice)), rounded if choice.bits else exact)
@@ -112,10 +112,10 @@ class Calibration:
             }
             del rounded
             rounding = self._rounding(quantizing, exact, overall)
-        held = {choice: defaultdict(int, meter.by_module()) for choice, meter in meters.items()}
-        return [Item(names, self._options(names, held, dropping, rounding)) for names in groups]
+        saved = {choice: defaultdict(int, meter.by_module()) for choice, meter in meters.items()}
+        return [Item(names, self._options(names, saved, dropping, rounding)) for names in groups]
 
-    def _kept(self) -> list[Choice]:
+    def _undropped(self) -> list[Choice]:
         """Without dropping: exact, then by bits."""
         return [Choice(), *(Choice(bits=bits) for bits in self._levels)]
 
@@ -126,7 +126,7 @@ class Calibration:
         return dict.fromkeys({*self._packing, *self._quantizing}, choice)
 
     def _groups(self, meters: dict[Choice, CacheMeter]) -> list[tuple[str, ...]]:
-        """Names of layers that are treated alike, as they hold one tensor together in some setting; in order."""
+        """Return the names of layers that get the same setting, as they save one tensor together in some; in order."""
         order = {fqn: index for index, fqn in enumerate(meters[Choice()].ran())}
         names = [fqn for fqn in {*self._packing, *self._quantizing} if fqn in order]
         together = [shared for meter in meters.values() for shared in meter.sharing()]
@@ -153,12 +153,12 @@ class Calibration:
     def _options(
         self,
         names: tuple[str, ...],
-        held: Mapping[Choice, dict[str, int]],
+        saved: Mapping[Choice, dict[str, int]],
         dropping: dict[Choice, dict[str, float]],
         rounding: Rounding,
     ) -> list[Option]:
         def nbytes(choice: Choice) -> int:
-            return sum(held[choice][fqn] for fqn in names)
+            return sum(saved[choice][fqn] for fqn in names)
 
         def packing(like: Choice) -> list[Option]:
             """Ways to pack the inputs where all else is kept ``like`` this: bytes and error beyond none dropped."""
@@ -171,7 +171,7 @@ class Calibration:
             may_stay_dense = self._gammas[-1] == 0 or options[-1].nbytes > 0
             return [*_and_between(options), Option(like, 0.0, 0.0)] if may_stay_dense else _and_between(options)
 
-        exact, first, *_ = self._kept()
+        exact, first, *_ = self._undropped()
         options = packing(exact)
         for bits, error in rounding.get(names, {}).items():
             more = nbytes(Choice(bits=bits)) - nbytes(exact)
@@ -353,7 +353,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _put_back(buffer: Tensor, value: Tensor) -> None:
-    """Write only what was changed: a write would be noticed by whoever saved the buffer for backward."""
+    """Write only what was changed: autograd would notice a write to a buffer that is saved for backward."""
     if buffer.shape != value.shape:
         buffer.data = value
     elif not torch.equal(buffer, value):

@@ -27,7 +27,7 @@ from dropit.memory import CacheMeter
 WEIGHTED = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 PLAIN = "plain: left out, or to_dropit was not called"
 _REPLACED = "not converted: its forward was replaced on the module itself"
-_NOT_QUANTIZED = 'plain: compress="int8" or "int4" would store it in fewer bits'
+_NOT_QUANTIZED = 'plain: compress="int8" or "int4" would save it in fewer bits'
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class LayerCoverage:
 
 
 class Coverage(list[LayerCoverage]):
-    """The layers of a model that DropIT could make keep less, and whether it does."""
+    """The layers of a model that DropIT could make save less, and whether it does."""
 
     @property
     def converted(self) -> int:
@@ -64,16 +64,16 @@ class Coverage(list[LayerCoverage]):
 
     def summary(self) -> str:
         """One line: "converted 9 of 17", and how many of these do not help."""
-        hindered = sum(bool(row.note) for row in self)
-        but = f", of which {hindered} free nothing (their notes say why)" if hindered else ""
+        without_effect = sum(bool(row.note) for row in self)
+        but = f", of which {without_effect} free nothing (their notes say why)" if without_effect else ""
         return f"converted {self.converted} of {len(self)}{but}"
 
 
 def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
-    """Say of each layer that DropIT could make keep less whether it is converted, or why not.
+    """Say of each layer that DropIT could make save less whether it is converted, or why not.
 
     With a ``meter`` that measured a step of this model, say also which converted layers cannot help: those whose input
-    another operation holds as well (a functional ``F.relu`` cannot be swapped), and those that were not called.
+    another operation saves as well (a functional ``F.relu`` cannot be swapped), and those that were not called.
     """
     return Coverage(
         LayerCoverage(fqn, plain_type(module).__name__, _reason(module), _note(module, fqn, meter))
@@ -88,9 +88,9 @@ def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
         return ""
     if fqn not in meter.ran():
         return "not called: another module may read its weight by itself"
-    elsewhere = meter.held_elsewhere(fqn)
-    holders = " and ".join(f"{holder} ({nbytes / 2**20:.2f} MiB)" for holder, nbytes in elsewhere.items())
-    return f"its input stays held by {holders}" if holders else ""
+    elsewhere = meter.saved_elsewhere(fqn)
+    savers = " and ".join(f"{saver} ({nbytes / 2**20:.2f} MiB)" for saver, nbytes in elsewhere.items())
+    return f"its input is saved by {savers} as well" if savers else ""
 
 
 def reportable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -129,20 +129,22 @@ def obstacle(module: nn.Module, swap: type[DropITLayer]) -> str:
 
 
 def _reaches_ours(module: nn.Module) -> bool:
-    """Whether the forward that was set on a converted module, if one was, holds that of its class, and may call it."""
+    """Whether a forward that was set on a converted module, if one was, contains that of its class, and may call it."""
     if vars(module).keys().isdisjoint(PARTS_OF_FORWARD):
         return True
-    return any(_holds(value, module) for value in vars(module).values() if callable(value))
+    return any(_contains(value, module) for value in vars(module).values() if callable(value))
 
 
-def _holds(found: Any, module: nn.Module, depth: int = 5) -> bool:
+def _contains(found: Any, module: nn.Module, depth: int = 5) -> bool:
     """Whether ``found`` is the forward of the module's class, or has it: wrapped, in a closure, or as an attribute."""
     ours = type(module).forward
     if found is ours or (isinstance(found, MethodType) and found.__func__ is ours):
         return getattr(found, "__self__", module) is module
     if depth == 0 or isinstance(found, (nn.Module, Tensor, type)):
         return False
-    return any(_holds(part, module, depth - 1) for part in _parts(found) if callable(part) or isinstance(part, tuple))
+    return any(
+        _contains(part, module, depth - 1) for part in _parts(found) if callable(part) or isinstance(part, tuple)
+    )
 
 
 def _parts(found: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Who holds how many bytes, and in what form: the tables that CacheMeter prints."""
+"""Which modules and operators save how many bytes, and in which dtypes: the tables that CacheMeter prints."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MIB = 2**20
 
 
 @dataclass(frozen=True)
-class Held:
-    """One storage that is held for backward, and by which modules and operators, in the order in which they came."""
+class SavedStorage:
+    """A storage that is saved for backward, and by which modules and operators, in the order in which they saved it."""
 
     storage: int
     nbytes: int
@@ -21,13 +21,13 @@ class Held:
 
     @property
     def operator(self) -> str:
-        """Who holds it: "Convolution + Relu" where both do."""
+        """Return which operators save it: "Convolution + Relu" where both do."""
         return " + ".join(sorted(set(self.operators)))
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table. ``plain`` is what the model holds that was measured for comparison."""
+    """A line of a table. ``plain`` is what the model saves that was measured for comparison."""
 
     name: str
     nbytes: int
@@ -35,11 +35,13 @@ class Row:
     plain: int | None = None
 
 
-def rows_by(key: Callable[[Held], str], held: Iterable[Held], plain: Iterable[Held] | None = None) -> list[Row]:
-    """Sums by name, largest first."""
+def rows_by(
+    key: Callable[[SavedStorage], str], saved: Iterable[SavedStorage], plain: Iterable[SavedStorage] | None = None
+) -> list[Row]:
+    """Return the sums by name, largest first."""
     sizes: dict[str, int] = defaultdict(int)
     dtypes: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-    for entry in held:
+    for entry in saved:
         sizes[key(entry)] += entry.nbytes
         dtypes[key(entry)][entry.dtype] += entry.nbytes
     before: dict[str, int] = defaultdict(int)
@@ -66,7 +68,7 @@ def columns(title: str, rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells; the last line is the total."""
     compared = any(row.plain is not None for row in rows)
     total = sum(row.nbytes for row in rows)
-    heads = [title, "held, MiB", *(["plain, MiB"] if compared else []), "share", "stored as"]
+    heads = [title, "saved, MiB", *(["plain, MiB"] if compared else []), "share", "stored as"]
     lines = [
         [
             row.name,

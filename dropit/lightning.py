@@ -53,7 +53,7 @@ else:
 
 
 class CacheMonitor(Callback):
-    """Measures what the first step of each epoch holds for backward, and what the plain model would hold.
+    """Measure what the first step of each epoch saves for backward, and what the plain model would save.
 
     Logs dropit/cache_mb, dropit/dense_mb (MiB, of this process) and dropit/cache_ratio. Both are of the moment when
     the step's first backward pass begins. dense_mb is that of one more forward pass, of the plain model, run eagerly;
@@ -69,7 +69,7 @@ class CacheMonitor(Callback):
 
     @property
     def cache_ratio(self) -> float:
-        """What is held, as a part of what the plain model would hold."""
+        """Return the cache as a part of the plain model's."""
         return self.cache_mb / self.dense_mb if self.dense_mb else float("nan")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -86,7 +86,7 @@ class CacheMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After it; CacheMeter has taken stock when backward began."""
+        """After it; CacheMeter has counted when backward began."""
         if self._meter is None:
             return
         self._stop()
@@ -109,7 +109,7 @@ class CacheMonitor(Callback):
             self._meter = None
 
     def measure_dense(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> float:
-        """MiB that this step of the plain model would hold, or nan. Anew for each epoch: batches differ in shape.
+        """Return the MiB that this step of the plain model would save, or nan; for each epoch, as batches differ.
 
         The random numbers that it draws are those that the step itself will draw.
         """
@@ -132,7 +132,7 @@ class CacheMonitor(Callback):
 
 
 class DropITCallback(CacheMonitor):
-    """Trains the LightningModule with DropIT layers, from the start of a fit to its end, and measures what they hold.
+    """Train the LightningModule with DropIT layers, from the start of a fit to its end, and measure what they save.
 
     ``strategy``, ``gamma`` and the options are those of :func:`dropit.to_dropit`. ``module``: the name of the submodule
     to convert, as in ``"model"``; "" for all. After the fit, an exception included, the layers are plain again. The
@@ -192,13 +192,13 @@ def _count(module: nn.Module) -> int:
 def _plain_bytes(trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> int:
     plain = _plain_copy(trainer, pl_module)
     arguments = (batch, batch_idx) if len(inspect.signature(plain.training_step).parameters) > 1 else (batch,)
-    # A compiler would compile the copy anew in every epoch.
+    # A compiler would compile the copy again in every epoch.
     with torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
         try:
             with CacheMeter(plain, retain=False) as meter:
                 output = plain.training_step(*arguments)
                 loss = output.get("loss") if isinstance(output, Mapping) else output
-                del output  # Lightning lets go of all else before backward
+                del output  # Lightning frees all else before backward
             del loss
         except RuntimeError as error:
             if _NO_BACKWARD not in str(error):

@@ -1,4 +1,4 @@
-"""CacheMeter: how many bytes a forward pass holds for the backward pass, and who holds them; and estimate_cache."""
+"""CacheMeter: which modules and operators save how many bytes for backward; and estimate_cache."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
-from dropit.ledger import Held, Row, as_text, group, print_rich, rows_by
+from dropit.ledger import Row, SavedStorage, as_text, group, print_rich, rows_by
 
 OUTSIDE = "(outside the model)"
 _ROWS = 6  # of a table by module, at least
 
 
 class CacheMeter:
-    """Count the bytes held for backward by what runs inside the block: every storage once, parameters and buffers not.
+    """Count the bytes saved for backward by what runs inside the block: every storage once, parameters and buffers not.
 
         with CacheMeter(model) as meter:
             loss = loss_fn(model(x), y)
         meter.total_bytes
 
-    What is counted is what autograd holds at the end of the block, or, where a backward pass runs inside it, at that
-    pass's start. A tensor that was saved but whose graph is gone by then does not count; a view counts as the storage
+    It counts what autograd has saved at the end of the block, or, where a backward pass runs inside it, at that pass's
+    start. A tensor that was saved but whose graph is gone by then does not count; a view counts as the storage
     that it keeps alive. With ``retain=False`` nothing is kept, so a forward pass that would not fit can be measured;
     there is no backward then. Module names come from the calls of ``model``'s modules, operator names from the
     autograd graph behind ``model``'s output.
@@ -49,7 +49,7 @@ class CacheMeter:
         self._running: list[str] = []  # the names of the modules that are running, innermost last
         self._inputs: dict[str, list[StorageWeakRef]] = defaultdict(list)  # what each module that ran was given
         self._operators: dict[int, str] = {}  # sequence number of a graph node -> its name
-        self._entries: list[Held] | None = None
+        self._entries: list[SavedStorage] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> CacheMeter:
@@ -68,44 +68,44 @@ class CacheMeter:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes held for backward."""
-        return sum(entry.nbytes for entry in self._held())
+        """Bytes saved for backward."""
+        return sum(entry.nbytes for entry in self._storages())
 
     def by_module(self) -> dict[str, int]:
         """Bytes by the innermost module that ran when they were first saved. Sums to ``total_bytes``."""
-        return _sizes(rows_by(lambda held: held.modules[0], self._held()))
+        return _sizes(rows_by(lambda saved: saved.modules[0], self._storages()))
 
     def by_operator(self) -> dict[str, int]:
-        """Bytes by who saves them; "Convolution + Relu" are tensors that both hold. Sums to ``total_bytes``."""
-        return _sizes(rows_by(lambda held: held.operator, self._held()))
+        """Bytes by who saves them; "Convolution + Relu" are tensors that both save. Sums to ``total_bytes``."""
+        return _sizes(rows_by(lambda saved: saved.operator, self._storages()))
 
     def ran(self) -> list[str]:
         """Names of the modules that were called, in the order of their first calls."""
         return list(self._inputs)
 
-    def held_elsewhere(self, fqn: str) -> dict[str, int]:
-        """Bytes of the module's own inputs that it does not hold itself, by who does ("Relu in layer1")."""
+    def saved_elsewhere(self, fqn: str) -> dict[str, int]:
+        """Bytes of the module's inputs that others save and it does not, by operator and module ("Relu in layer1")."""
         inputs = {storage.cdata for storage in self._inputs[fqn]} if fqn in self._inputs else set()
-        elsewhere = [held for held in self._held() if held.storage in inputs and fqn not in held.modules]
-        return _sizes(rows_by(lambda held: f"{held.operator} in {held.modules[0] or 'the model'}", elsewhere))
+        elsewhere = [saved for saved in self._storages() if saved.storage in inputs and fqn not in saved.modules]
+        return _sizes(rows_by(lambda saved: f"{saved.operator} in {saved.modules[0] or 'the model'}", elsewhere))
 
     def sharing(self) -> list[tuple[str, ...]]:
-        """The names of modules that hold one storage together, for each such storage."""
-        together = (tuple(dict.fromkeys(held.modules)) for held in self._held())
+        """Return the names of modules that save one storage together, for each such storage."""
+        together = (tuple(dict.fromkeys(saved.modules)) for saved in self._storages())
         return [names for names in together if len(names) > 1]
 
     def table(self, plain: CacheMeter | None = None, *, depth: int | None = None) -> str:
-        """By operator, and by module; with another meter, of the plain model, what that one holds.
+        """By operator, and by module; with another meter, of the plain model, what that one saves.
 
         ``depth``: parts of a module's name that are told apart; None takes as many as give a table of some length.
         """
         return "\n\n".join(as_text(title, rows) for title, rows in self._tables(plain, depth))
 
     def to_json(self) -> str:
-        """All that is known: each storage with its bytes, its dtype, and the modules and operators that hold it."""
+        """All that is known: each storage with its bytes, its dtype, and the modules and operators that save it."""
         storages = [
-            {"bytes": held.nbytes, "dtype": held.dtype, "modules": held.modules, "operators": held.operators}
-            for held in self._held()
+            {"bytes": saved.nbytes, "dtype": saved.dtype, "modules": saved.modules, "operators": saved.operators}
+            for saved in self._storages()
         ]
         sums = {"by_operator": self.by_operator(), "by_module": self.by_module()}
         return json.dumps({"total_bytes": self.total_bytes, **sums, "storages": storages})
@@ -122,18 +122,18 @@ class CacheMeter:
             print_rich(title, rows)
 
     def _tables(self, plain: CacheMeter | None, depth: int | None) -> list[tuple[str, list[Row]]]:
-        others = None if plain is None else plain._held()
+        others = None if plain is None else plain._storages()
         if depth is None:
-            names = {held.modules[0] for held in self._held()}
+            names = {saved.modules[0] for saved in self._storages()}
             deepest = max((name.count(".") + 1 for name in names), default=1)
             enough = (d for d in range(1, deepest) if len({group(name, d) for name in names}) >= _ROWS)
             depth = next(enough, deepest)
         return [
-            ("held for backward, by operator", rows_by(lambda held: held.operator, self._held(), others)),
-            ("by module", rows_by(lambda held: group(held.modules[0], depth), self._held(), others)),
+            ("saved for backward, by operator", rows_by(lambda saved: saved.operator, self._storages(), others)),
+            ("by module", rows_by(lambda saved: group(saved.modules[0], depth), self._storages(), others)),
         ]
 
-    def _held(self) -> list[Held]:
+    def _storages(self) -> list[SavedStorage]:
         if self._entries is None:
             raise RuntimeError("nothing measured yet: use CacheMeter as a context manager and read it afterwards")
         return self._entries
@@ -192,10 +192,12 @@ class CacheMeter:
                 groups[saved.storage.cdata].append(saved)
         self._entries = [self._entry(group) for group in groups.values()]
 
-    def _entry(self, group: list[_Saved]) -> Held:
+    def _entry(self, group: list[_Saved]) -> SavedStorage:
         first = group[0]
         modules = tuple(saved.module for saved in group)
-        return Held(first.storage.cdata, first.held_bytes(), first.dtype, modules, tuple(map(self._operator_of, group)))
+        return SavedStorage(
+            first.storage.cdata, first.bytes_now(), first.dtype, modules, tuple(map(self._operator_of, group))
+        )
 
     def _operator_of(self, saved: _Saved) -> str:
         if saved.module == OUTSIDE:
@@ -205,7 +207,7 @@ class CacheMeter:
 
 
 class _Saved:
-    """What the graph holds in place of a saved tensor; it dies with its node."""
+    """What the graph has in place of a saved tensor; it dies with its node."""
 
     __slots__ = ("__weakref__", "dtype", "module", "nbytes", "node", "storage", "tensor")
 
@@ -217,8 +219,8 @@ class _Saved:
         self.module = module
         self.node = node
 
-    def held_bytes(self) -> int:
-        """Of the storage as it is now: FSDP lets weights go that it will gather again."""
+    def bytes_now(self) -> int:
+        """Of the storage as it is now: FSDP frees weights that it will gather again."""
         return self.nbytes if self.tensor is None else self.tensor.untyped_storage().nbytes()
 
 
@@ -278,7 +280,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _fused_attention() -> Iterator[None]:
-    """Have attention on the meta device hold what a fused kernel holds, and not its weights.
+    """Have attention on the meta device save what a fused kernel saves, and not its weights.
 
     PyTorch has no fused kernel for meta tensors. The function is replaced, not intercepted by a mode, because modes
     do not see into ``F.multi_head_attention_forward``.
@@ -310,7 +312,7 @@ def _fused_attention() -> Iterator[None]:
 
 
 class ScaledDotProductAttention(Function):
-    """The shapes of fused attention: it holds q, k, v, its output, and a logarithm for each row."""
+    """The shapes of fused attention: it saves q, k, v, its output, and a logarithm for each row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]

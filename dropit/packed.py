@@ -31,7 +31,7 @@ class Packed(NamedTuple):
     """What is kept of one tensor. One that is kept as it is has ``values`` that are the tensor itself, and no more.
 
     ``values``: (k,), in memory order, in the tensor's dtype or in a narrower one. Those in int8 have ``scales``,
-    (ceil(k / 32), ) bfloat16, or 16 bits of its own kind for float64: value i stands for
+    (ceil(k / 32), ) bfloat16, or an int16 encoding for float64: value i stands for
     ``values[i] * scales[i // 32]``, and the lowest that int8 has for NaN.
 
     ``positions``: none where all is kept, or uint8 of the smaller of two encodings:
@@ -99,7 +99,7 @@ def values_nbytes(count: int, dtype: torch.dtype) -> int:
 
 
 def narrower(dtype: torch.dtype, value_dtype: torch.dtype | None) -> torch.dtype:
-    """What values of a tensor of ``dtype`` are stored in, where ``value_dtype`` is asked for: never a wider type."""
+    """Return what values of a tensor of ``dtype`` are stored in, given ``value_dtype``: never a wider type."""
     if value_dtype is None or value_dtype.itemsize >= dtype.itemsize:
         return dtype
     return value_dtype
@@ -116,7 +116,7 @@ def offsets_nbytes(n: int, kept: int) -> int:
 
 
 def dense_nbytes(x: Tensor) -> int:
-    """Bytes that keeping ``x`` by reference holds: an expanded tensor holds each distinct element once."""
+    """Return the bytes of keeping ``x`` by reference: of an expanded tensor each distinct element counts once."""
     nbytes = x.element_size()
     for size, stride in zip(x.shape, x.stride(), strict=True):
         nbytes *= size if stride else 1

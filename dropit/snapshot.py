@@ -1,6 +1,6 @@
 """Snapshot: whether a tensor is still what it was when something was derived from it.
 
-What is derived from a tensor for the backward pass (its packed copy, the form that another layer keeps of it) is given
+What is derived from a tensor for the backward pass (its packed copy, what another layer saves of it) is given
 to a second reader only if the tensor is unchanged and if the second reader saves for the same backward pass.
 """
 
@@ -85,7 +85,7 @@ def graph_task() -> int:
 
 
 def _innermost_hook() -> Any:
-    """The innermost hook that packs saved tensors, or what stands for it."""
+    """Return the innermost saved-tensors hook, or a checkpointed region in its place."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if top is None:  # before torch 2.8
         return _innermost_checkpoint()
@@ -118,7 +118,7 @@ def _digest(x: Tensor) -> Tensor | None:
     plain = type(x) is Tensor and x.device.type == "cpu" and x.layout is torch.strided
     if not plain or not x.is_floating_point() or x.is_neg():
         return None
-    # Not to be seen by autocast, nor by whoever counts operations.
+    # Hidden from autocast, and from dispatch modes that count operations.
     with torch.no_grad(), torch._C._DisableAutocast(), torch._C._DisableTorchDispatch():
         flat = x.detach()
         flat = (flat if flat.is_contiguous() else flat.permute(_outermost_first(flat))).reshape(-1)

@@ -182,7 +182,7 @@ class FastMinK(ElementStrategy):
 
 @dataclass(frozen=True)
 class RandomSource:
-    """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from one of its own.
+    """Random numbers from PyTorch's generator of the device, or, where ``seed`` is given, from a separate one.
 
     Compiled, they are PyTorch's in any case.
     """

@@ -1,4 +1,4 @@
-"""Who looks on while a model runs: compilers, and the function transforms of torch.func."""
+"""Whether torch.compile or a function transform of torch.func is tracing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a compiler or torch.func looks on: tensors have no storage then, and a backward pass none within it."""
+    """Whether torch.compile or torch.func is tracing: tensors have no storage then, nor is a backward pass known."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def saved_as_is(x: Tensor) -> Tensor:
-    """``x`` (n,), which a compiler saves for the backward pass as it is, and not what is computed from it there.
+    """Return ``x`` (n,), so that a compiler saves it as it is for backward, and not what is computed from it there.
 
     Of what a graph could save, PyTorch's partitioner takes the least, but counts a tensor twice if all its readers can
     be fused with it: codes of 8 bits would weigh more than the bfloat16 that they become. A split, here into one part,

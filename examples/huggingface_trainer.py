@@ -39,7 +39,7 @@ width = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "n
 model = ViTForImageClassification(ViTConfig(**size, **width))
 plain = held_mib(model)
 dropit.to_dropit(model, "fastmink", gamma=0.9)
-print(f"cache     {held_mib(model):.2f} MiB held for backward, {plain:.2f} plain")
+print(f"cache     {held_mib(model):.2f} MiB saved for backward, {plain:.2f} plain")
 
 with tempfile.TemporaryDirectory() as output_dir:
     options = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "epoch"}

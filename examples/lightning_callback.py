@@ -59,5 +59,5 @@ callback = dropit.DropITCallback("fastmink", gamma=0.9)
 quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 trainer = Trainer(max_epochs=EPOCHS, accelerator="auto", devices=1, callbacks=[callback], **quiet)
 trainer.fit(Digits(), DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=128))
-print(f"cache     {callback.cache_mb:.2f} MiB held for backward, {callback.dense_mb:.2f} plain")
+print(f"cache     {callback.cache_mb:.2f} MiB saved for backward, {callback.dense_mb:.2f} plain")
 print(f"accuracy  {trainer.callback_metrics['accuracy']:.4f}")

@@ -36,7 +36,7 @@ def held_mib(model: nn.Module) -> float:
 model = nn.Sequential(block(1, 32), block(32, 64), nn.MaxPool2d(2), block(64, 64), nn.Flatten(), nn.Linear(1024, 10))
 plain = held_mib(model)
 dropit.to_dropit(model, "fastmink", gamma=0.9, compress="int8")
-print(f"cache     {held_mib(model):.2f} MiB held for backward, {plain:.2f} plain")
+print(f"cache     {held_mib(model):.2f} MiB saved for backward, {plain:.2f} plain")
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 for epoch in range(EPOCHS):

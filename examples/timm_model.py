@@ -37,7 +37,7 @@ dropit.to_dropit(model, "fastmink", gamma=0.9)
 with dropit.CacheMeter(model, retain=False) as meter:
     loss = loss_fn(model(images[:64]), torch.full((64, 10), 0.1))
 mib = 2**20
-print(f"cache     {meter.total_bytes / mib:.2f} MiB held for backward, {plain.total_bytes / mib:.2f} plain")
+print(f"cache     {meter.total_bytes / mib:.2f} MiB saved for backward, {plain.total_bytes / mib:.2f} plain")
 
 for epoch in range(EPOCHS):
     model.train()

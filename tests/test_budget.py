@@ -118,7 +118,7 @@ def setting():
     return Net(), x, lambda output: nn.functional.cross_entropy(output, y)
 
 
-def held(model, x):
+def saved_bytes(model, x):
     with dropit.CacheMeter(model, retain=False) as meter:
         y = model(x)
     del y
@@ -135,15 +135,15 @@ def gradient(model, x, loss_fn):
 def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
     plain, x, loss_fn = setting()
     exact = gradient(copy.deepcopy(plain), x, loss_fn)
-    budget = int(part * held(plain, x))
+    budget = int(part * saved_bytes(plain, x))
     ours = dropit.fit_budget(copy.deepcopy(plain), budget, x, loss_fn=loss_fn)
-    size = held(ours, x)
+    size = saved_bytes(ours, x)
     assert 0.75 * budget <= size <= budget  # a layer or two of so few make up the rest
     error = (gradient(ours, x, loss_fn) - exact).norm()
     for compress in ("lossless", "int16", "int8", "int4"):
         for gamma in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
             other = dropit.to_dropit(copy.deepcopy(plain), gamma=gamma, compress=compress)
-            if held(other, x) <= size:
+            if saved_bytes(other, x) <= size:
                 assert error < (gradient(other, x, loss_fn) - exact).norm()
                 break  # a larger gamma errs more
 
@@ -171,7 +171,7 @@ def test_a_budget_of_plenty_changes_no_gradient():
 
 def test_gammas_stay_in_their_range_but_where_dropping_frees_nothing():
     model, x, _ = setting()
-    budget = int(0.5 * held(model, x))
+    budget = int(0.5 * saved_bytes(model, x))
     dropit.fit_budget(model, budget, x, gamma_min=0.2, gamma_max=0.9)
     assert 0.2 <= model.conv.strategy.gamma <= 0.9
     assert 0.2 <= model.mixer.linear2.strategy.gamma <= 0.9
@@ -190,7 +190,7 @@ def test_where_another_operation_holds_the_input_nothing_is_dropped():
 
     torch.manual_seed(0)
     model, x = Functional(), torch.randn(256, 64)
-    dropit.fit_budget(model, int(0.8 * held(model, x)), x, gamma_min=0.3)
+    dropit.fit_budget(model, int(0.8 * saved_bytes(model, x)), x, gamma_min=0.3)
     assert model.second.strategy.gamma == 0
     assert model.first.strategy.gamma >= 0.3
 
@@ -198,7 +198,7 @@ def test_where_another_operation_holds_the_input_nothing_is_dropped():
 def test_a_budget_that_cannot_be_met_says_what_the_least_is():
     model, x, _ = setting()
     with pytest.raises(
-        ValueError, match=r"budget of 0\.0 MiB cannot be met: the least that this model holds is 0\.\d MiB"
+        ValueError, match=r"budget of 0\.0 MiB cannot be met: the least that this model saves is 0\.\d MiB"
     ):
         dropit.fit_budget(model, "1 kB", x)
 
@@ -220,18 +220,18 @@ def test_layers_that_read_one_tensor_are_given_one_gamma():
 
     torch.manual_seed(0)
     model, x = Projections(), torch.randn(64, 64)
-    dropit.fit_budget(model, int(0.7 * held(model, x)), x)
+    dropit.fit_budget(model, int(0.7 * saved_bytes(model, x)), x)
     assert repr(model.q.saver) == repr(model.k.saver)
-    assert held(model, x) <= 0.7 * held(dropit.from_dropit(model), x)
+    assert saved_bytes(model, x) <= 0.7 * saved_bytes(dropit.from_dropit(model), x)
 
 
 def test_a_head_that_starts_at_zero_hides_no_error():
     """It lets no gradient through at first, so that nothing before it would seem to matter."""
     model, x, loss_fn = setting()
     nn.init.zeros_(model.last.weight)
-    budget = int(0.6 * held(model, x))
+    budget = int(0.6 * saved_bytes(model, x))
     dropit.fit_budget(model, budget, x, loss_fn=loss_fn)
-    assert 0.9 * budget <= held(model, x) <= budget
+    assert 0.9 * budget <= saved_bytes(model, x) <= budget
     assert not model.last.weight.any()
 
 
@@ -250,7 +250,7 @@ def test_what_rounds_worst_gets_most_bits():
 
     torch.manual_seed(0)
     model, x = Branches(), torch.randn(256, 16)
-    dropit.fit_budget(model, int(0.4 * held(model, x)), x, loss_fn=torch.sum)
+    dropit.fit_budget(model, int(0.4 * saved_bytes(model, x)), x, loss_fn=torch.sum)
     assert (model.coarse.saver.bits, model.fine.saver.bits) == (16, 8)
 
 
@@ -261,7 +261,7 @@ def choices(model):
 def test_steps_that_do_not_fit_are_taken_with_the_hosts_memory(monkeypatch):
     """Who needs a budget often has no room for the exact step that it is measured by."""
     model, x, loss_fn = setting()
-    budget = int(0.5 * held(model, x))
+    budget = int(0.5 * saved_bytes(model, x))
     roomy = dropit.fit_budget(copy.deepcopy(model), budget, x, loss_fn=loss_fn)
     offloading = []
 
@@ -285,7 +285,7 @@ def test_steps_that_do_not_fit_are_taken_with_the_hosts_memory(monkeypatch):
 def test_it_tells_of_each_step():
     model, x, loss_fn = setting()
     seen = []
-    budget = int(0.5 * held(model, x))
+    budget = int(0.5 * saved_bytes(model, x))
     dropit.fit_budget(model, budget, x, loss_fn=loss_fn, on_step=lambda *step: seen.append(step))
     taken, every = zip(*seen, strict=True)
     assert taken == tuple(range(1, every[0] + 1))

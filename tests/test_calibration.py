@@ -11,7 +11,7 @@ import dropit
 from dropit.calibration import Calibration
 
 
-def held(model, x):
+def saved_bytes(model, x):
     with dropit.CacheMeter(model, retain=False) as meter:
         y = model(x)
     del y
@@ -111,7 +111,7 @@ def test_layers_whose_gradients_are_small_are_not_given_up():
         return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.dim() > 1}
 
     exact = gradients(copy.deepcopy(model))
-    dropit.fit_budget(model, int(0.16 * held(model, x)), x, loss_fn=loss_fn)
+    dropit.fit_budget(model, int(0.16 * saved_bytes(model, x)), x, loss_fn=loss_fn)
     for name, gradient in gradients(model).items():
         assert (gradient - exact[name]).norm() < 0.02 * exact[name].norm(), name
 
@@ -256,7 +256,7 @@ def test_a_model_in_eval_mode_is_measured_in_training_mode():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Linear(64, 10)).eval()
     x = torch.randn(256, 64)
-    plain = held(copy.deepcopy(model).train(), x)
+    plain = saved_bytes(copy.deepcopy(model).train(), x)
     statistics = model[1].running_mean.clone()
     dropit.fit_budget(model, "1 GiB", x)
     assert gammas(model) == {"0": 0.0, "3": 0.0}
@@ -264,7 +264,7 @@ def test_a_model_in_eval_mode_is_measured_in_training_mode():
     assert torch.equal(model[1].running_mean, statistics)
     dropit.fit_budget(model, int(0.4 * plain), x)
     assert not any(module.training for module in model.modules())
-    assert held(model.train(), x) <= 0.4 * plain
+    assert saved_bytes(model.train(), x) <= 0.4 * plain
 
 
 def test_parts_in_eval_mode_stay_in_it():

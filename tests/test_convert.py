@@ -254,7 +254,7 @@ def test_coverage_with_a_meter_names_what_keeps_a_layer_from_helping():
     report = dropit.coverage(model, meter)
     assert [row.status for row in report] == [
         "converted",
-        "converted, but its input stays held by Relu in the model (1.00 MiB)",
+        "converted, but its input is saved by Relu in the model (1.00 MiB) as well",
         "converted, but not called: another module may read its weight by itself",
     ]
     assert report.summary() == "converted 3 of 3, of which 2 free nothing (their notes say why)"

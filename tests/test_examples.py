@@ -23,7 +23,7 @@ def test_it_learns_and_holds_less(path, tmp_path):
     command = [sys.executable, str(path), "3"]
     done = processes.run(command, cwd=tmp_path, env=offline, check=True)
     cache, plain = map(
-        float, re.search(r"^cache +([\d.]+) MiB held for backward, ([\d.]+) plain$", done.stdout, re.M).groups()
+        float, re.search(r"^cache +([\d.]+) MiB saved for backward, ([\d.]+) plain$", done.stdout, re.M).groups()
     )
     assert 0 < cache < 0.75 * plain
     losses = [float(loss) for loss in re.findall(r"^loss +([\d.]+) in epoch", done.stdout, re.M)]

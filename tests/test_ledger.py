@@ -1,23 +1,23 @@
 import pytest
 
-from dropit.ledger import Held, as_text, group, print_rich, rows_by
+from dropit.ledger import SavedStorage, as_text, group, print_rich, rows_by
 
-HELD = [
-    Held(1, 3 * 2**20, "float32", ("a.b.c", "a.d"), ("Relu", "Convolution")),
-    Held(2, 2**20, "uint8", ("a.b.e",), ("DropITConv",)),
-    Held(3, 2**20, "float32", ("a.b.e",), ("DropITConv",)),
-    Held(4, 2**19, "bfloat16", ("a.b.e",), ("DropITConv",)),
+SAVED = [
+    SavedStorage(1, 3 * 2**20, "float32", ("a.b.c", "a.d"), ("Relu", "Convolution")),
+    SavedStorage(2, 2**20, "uint8", ("a.b.e",), ("DropITConv",)),
+    SavedStorage(3, 2**20, "float32", ("a.b.e",), ("DropITConv",)),
+    SavedStorage(4, 2**19, "bfloat16", ("a.b.e",), ("DropITConv",)),
 ]
 
 
 def test_rows_sum_by_name_largest_first():
-    rows = rows_by(lambda held: held.operator, HELD)
+    rows = rows_by(lambda saved: saved.operator, SAVED)
     assert [(row.name, row.nbytes) for row in rows] == [("Convolution + Relu", 3 * 2**20), ("DropITConv", 2.5 * 2**20)]
     assert rows[1].dtypes == "uint8, float32, bfloat16"
 
 
 def test_a_row_that_only_the_plain_model_has_comes_last():
-    rows = rows_by(lambda held: held.operator, HELD[1:], HELD[:1])
+    rows = rows_by(lambda saved: saved.operator, SAVED[1:], SAVED[:1])
     assert [(row.name, row.nbytes, row.plain) for row in rows] == [
         ("DropITConv", 2.5 * 2**20, 0),
         ("Convolution + Relu", 0, 3 * 2**20),
@@ -31,12 +31,12 @@ def test_modules_are_grouped_by_the_first_parts_of_their_names():
 
 
 def test_a_table_in_plain_text():
-    assert as_text("by operator", rows_by(lambda held: held.operator, HELD)) == "\n".join(
+    assert as_text("by operator", rows_by(lambda saved: saved.operator, SAVED)) == "\n".join(
         [
-            "by operator         held, MiB  share  stored as",
-            "Convolution + Relu       3.00  54.5%  float32",
-            "DropITConv               2.50  45.5%  uint8, float32, bfloat16",
-            "total                    5.50",
+            "by operator         saved, MiB  share  stored as",
+            "Convolution + Relu        3.00  54.5%  float32",
+            "DropITConv                2.50  45.5%  uint8, float32, bfloat16",
+            "total                     5.50",
         ]
     )
 
@@ -47,6 +47,6 @@ def test_an_empty_table():
 
 def test_the_same_table_by_rich(capsys):
     pytest.importorskip("rich")
-    print_rich("by operator", rows_by(lambda held: held.operator, HELD, HELD[:1]))
+    print_rich("by operator", rows_by(lambda saved: saved.operator, SAVED, SAVED[:1]))
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("by operator", "plain, MiB", "Convolution", "54.5%", "5.50"))

@@ -13,7 +13,7 @@ from dropit import CacheMeter
 MIB = 2**20
 
 
-def test_it_counts_each_held_storage_once_and_no_parameters():
+def test_it_counts_each_saved_storage_once_and_no_parameters():
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.randn(10, 8)
     with CacheMeter(model) as meter:
@@ -42,7 +42,7 @@ def test_buffers_are_not_cache():
     del y
 
 
-def test_what_the_graph_let_go_is_not_held():
+def test_what_the_graph_has_freed_is_not_counted():
     model = nn.Linear(8, 4)
     with CacheMeter(model) as meter:
         model(torch.randn(10, 8))
@@ -90,18 +90,18 @@ def test_who_else_holds_a_modules_input():
     with CacheMeter(model) as meter:
         y = model(torch.randn(100, 64))
     assert meter.ran() == ["", "first", "second"]
-    assert meter.held_elsewhere("first") == meter.held_elsewhere("third") == {}
-    assert meter.held_elsewhere("second") == {"Relu in the model": 100 * 64 * 4}
+    assert meter.saved_elsewhere("first") == meter.saved_elsewhere("third") == {}
+    assert meter.saved_elsewhere("second") == {"Relu in the model": 100 * 64 * 4}
     del y
 
 
-def test_what_autocast_copies_is_not_held_elsewhere():
+def test_what_autocast_copies_is_not_saved_elsewhere():
     model = dropit.to_dropit(FunctionalReLU())
     with CacheMeter(model) as meter, torch.autocast("cpu", torch.bfloat16):
         y = torch.relu(model.first(torch.randn(100, 64))).float().exp()
         z = model.second(y)  # of exp, which holds y, it reads a copy in bfloat16
     assert "second" in meter.ran()
-    assert meter.held_elsewhere("second") == {}
+    assert meter.saved_elsewhere("second") == {}
     del z
 
 
@@ -119,12 +119,12 @@ def test_measuring_changes_no_gradient_and_leaves_no_hook():
 def test_without_retaining_it_measures_the_same_and_refuses_a_backward():
     model = torchvision.models.resnet18()
     x = torch.randn(2, 3, 64, 64)
-    with CacheMeter(model) as held:
+    with CacheMeter(model) as saved:
         y = model(x)
     with CacheMeter(model, retain=False) as meter:
         z = model(x)
-    assert meter.total_bytes == held.total_bytes
-    assert meter.by_operator() == held.by_operator()
+    assert meter.total_bytes == saved.total_bytes
+    assert meter.by_operator() == saved.by_operator()
     with pytest.raises(RuntimeError, match="retain=False"):
         z.sum().backward()
     del y
@@ -168,7 +168,7 @@ def test_dropping_lowers_what_a_vit_holds_by_what_is_not_stored():
     let_go = {8 * 3 * 32 * 32: 1, tokens * 64: 4, tokens * 256: 2}
     # Of each: the values, a byte of offset for each, and a count of two bytes for each 256 elements.
     saved = sum(times * (4 * n - (5 * round(n / 10) + n // 128)) for n, times in let_go.items())
-    saved += 4 * tokens * 64 - (5 * 51 + 4)  # the head sees 8 of 8 x 17 tokens, and held all
+    saved += 4 * tokens * 64 - (5 * 51 + 4)  # the head sees 8 of 8 x 17 tokens, and saved all
     # Blocks round for themselves.
     assert plain.total_bytes - ours.total_bytes == pytest.approx(saved, abs=4 * 10)
     assert ours.by_operator()["DropITLinear"] > 0
@@ -180,7 +180,7 @@ def test_the_tables_can_be_read_by_people_and_by_programs():
     with CacheMeter(model) as meter:
         y = model(torch.randn(1000, 8))
     lines = str(meter).splitlines()
-    assert lines[0].split() == ["held", "for", "backward,", "by", "operator", "held,", "MiB", "share", "stored", "as"]
+    assert lines[0].split() == ["saved", "for", "backward,", "by", "operator", "saved,", "MiB", "share", "stored", "as"]
     assert lines[1].split() == ["Addmm", "+", "Relu", "0.06", "66.7%", "float32"]
     assert lines[3].split() == ["total", "0.09"]
     assert lines[5].split()[:2] == ["by", "module"]

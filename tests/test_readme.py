@@ -154,7 +154,7 @@ def test_the_main_job_reaches_its_accuracy_and_logs_its_scalars(workplace):
     assert last["val/acc1"] >= 0.93
     assert {"val/acc5", "train/loss", "lr-SGD", "dropit/dense_mb", "dropit/cache_mb"} <= last.keys()
     assert last["dropit/cache_ratio"] < 0.75
-    assert "MiB held for backward" in done.stdout
+    assert "MiB saved for backward" in done.stdout
 
 
 def test_what_is_promised_names_tests_that_are_there():

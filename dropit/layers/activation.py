@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.saved import Recipe, Saved
@@ -105,7 +105,7 @@ class DropITActivationFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what restores the input or the output."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         input, computed, ctx.curve, inplace, anchor, ctx.recipe, *saved = inputs
         if inplace or computed is not None:
             ctx.mark_dirty(input if inplace else computed)
@@ -137,7 +137,7 @@ class DropITActivation(DropITLayer):
 
 
 def _is_part(input: Tensor) -> bool:
-    """Whether ``input`` is a part of a larger tensor, as in a gated MLP, whose other part holds both."""
+    """Whether ``input`` is a part of a larger tensor, as in a gated MLP, whose other part keeps both in memory."""
     return not is_traced() and input.untyped_storage().nbytes() > input.nbytes
 
 

@@ -76,7 +76,7 @@ class DropITMultiheadAttention(DropITLayer, nn.MultiheadAttention):
             return False
         if not query.is_floating_point() or query.numel() == 0:
             return False
-        if is_parametrized(self.out_proj):  # its weight is computed anew each time it is read
+        if is_parametrized(self.out_proj):  # its weight is computed each time it is read
             return True
         weights = (self.in_proj_weight, self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         return any(weight is not None and weight.requires_grad for weight in (*weights, self.out_proj.weight))
@@ -114,7 +114,7 @@ class DropITMultiheadAttention(DropITLayer, nn.MultiheadAttention):
 
     def _length_first(self, query: Tensor, key: Tensor, value: Tensor, batched: bool) -> tuple[Tensor, Tensor, Tensor]:
         """(L, N, E) each; what is one tensor stays one, so that it is projected, and packed, once."""
-        # Compared by ``is`` alone: by its ``id`` a compiler takes a tensor for a constant, and compiles anew each step.
+        # Compared by ``is`` alone: by its ``id`` a compiler takes a tensor for a constant, and recompiles in each step.
         q = self._laid(query, batched)
         k = q if key is query else self._laid(key, batched)
         if value is query:

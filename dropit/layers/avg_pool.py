@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import autocast_as, each, placeholder, save_form
-from dropit.layers.function import LayerFunction, link_to, none_for_none, with_zeros, without_zeros
+from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 
@@ -34,7 +34,7 @@ class DropITAvgPoolFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         input, ctx.windows, ctx.link = inputs
         save_form(ctx, input)
 
@@ -57,7 +57,7 @@ class DropITAdaptiveAvgPoolFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Remember the input's shape."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         input, sizes, ctx.link = inputs
         ctx.dimensions = len(sizes)
         save_form(ctx, input)

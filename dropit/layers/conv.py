@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import autocast, each, placeholder, save_form
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.saved import Recipe
@@ -61,7 +61,7 @@ class DropITConvFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the weight and what restores the input."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         input, weight, _, ctx.geometry, anchor, ctx.recipe, *saved = inputs
         save_form(ctx, input)
         ctx.save_for_backward(weight, anchor, *saved)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, none_for_none, without_zeros
+from dropit.layers.function import LayerFunction, none_for_none, undefined_gradients_as_none
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import save_mask, saved_mask
 from dropit.layers.table import register
@@ -27,7 +27,7 @@ class DropITDropoutFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the mask's bits."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         _, ctx.p = inputs
         mask = output[1]
         ctx.mark_non_differentiable(mask)

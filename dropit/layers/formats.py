@@ -12,7 +12,7 @@ from dropit.tracing import is_traced
 
 
 def as_non_view(output: Tensor) -> Tensor:
-    """``output``, and not a view of another tensor, as ``F.linear`` makes them: those may not be changed in place."""
+    """Return ``output`` as no view of another tensor, as ``F.linear`` makes them: those may not be changed in place."""
     return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 
 

@@ -13,14 +13,14 @@ from torch.autograd import Function
 from dropit.tracing import is_traced
 
 
-def without_zeros(ctx: Any) -> None:
-    """Have a backward pass be given None where no gradient comes, and not zeros."""
+def undefined_gradients_as_none(ctx: Any) -> None:
+    """Pass None to backward, and not zeros, for an output that has no gradient."""
     if not is_traced():
         ctx.set_materialize_grads(False)
 
 
 def none_for_none(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Have ``backward`` return no gradients where none comes, as PyTorch's operators do: a parameter then has none."""
+    """Return no gradients where the output has none, as PyTorch's operators do: a parameter then has none."""
 
     @functools.wraps(backward)
     def checked(ctx: Any, *grad_outputs: Tensor | None) -> Any:
@@ -45,7 +45,7 @@ def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
 
 
 class LayerFunction(Function):
-    """What a layer calls to have a node of its own in the graph. Takes all arguments by position.
+    """A layer's node in the graph. Takes all arguments by position.
 
     A subclass has ``forward`` and ``setup_context`` apart, as torch.func wants it. Where nothing transforms the call, a
     class of both in one is called instead: PyTorch binds the arguments of the other to a signature, for 30 to 100 us.
@@ -122,7 +122,7 @@ class _WithZeros(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         ctx.shape = inputs[1].shape
 
     @staticmethod

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import as_non_view, autocast
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import register
 from dropit.saved import Recipe
@@ -37,7 +37,7 @@ class DropITLinearFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what restores the input, and the weight if grad_input is wanted."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         _, weight, _, anchor, ctx.recipe, *saved = inputs
         ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, anchor, *saved)
 

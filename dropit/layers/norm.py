@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import in_format, suggest_memory_format
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import register, swap_class
 from dropit.ops import Statistics
@@ -62,7 +62,7 @@ class _NormFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save weight and bias where PyTorch does, 1 / deviation and what restores the normalized input."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         _, weight, bias, computed, rstd, ctx.form, anchor, ctx.recipe, *saved = inputs
         ctx.mark_dirty(computed)
         weight, bias = weight if ctx.form.saves_weight else None, bias if ctx.form.saves_bias else None

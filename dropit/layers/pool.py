@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dropit import ops
 from dropit.layers.formats import autocast_as, each, placeholder, save_form
-from dropit.layers.function import LayerFunction, link_to, none_for_none, with_zeros, without_zeros
+from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.packed import flatten, unflatten
@@ -35,7 +35,7 @@ class Windows(NamedTuple):
 
 
 class DropITMaxPoolFunction(LayerFunction):
-    """The largest of each window. Saves its offset in the window, in the fewest of 1, 2, 4 or 8 bits that hold it."""
+    """The largest of each window. Saves its offset in the window, in the fewest of 1, 2, 4 or 8 bits."""
 
     @staticmethod
     def forward(input: Tensor, windows: Windows, link: tuple[Tensor] | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
@@ -46,7 +46,7 @@ class DropITMaxPoolFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the offsets."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         input, ctx.windows, ctx.link = inputs
         indices = output[1]
         ctx.mark_non_differentiable(indices)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, link_to, none_for_none, with_zeros, without_zeros
+from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import apply_saved_mask, save_mask, save_range_mask, saved_mask
 from dropit.layers.table import register
@@ -40,7 +40,7 @@ class DropITReLUFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save where the gradient passes. The output tells as well as the input: y <= lower where x is."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         input, lower, ctx.upper, ctx.slope, inplace, ctx.link = inputs
         if inplace:
             ctx.mark_dirty(input)

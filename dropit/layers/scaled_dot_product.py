@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dropit import ops
 from dropit.layers.formats import as_non_view, autocast
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, without_zeros
+from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
 from dropit.saver import Saver
@@ -61,7 +61,7 @@ class DropITScaledDotProductFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the packed q, k, v, the mask and the state of the random numbers."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         _, _, _, mask, ctx.arguments, random, anchor, *parts = inputs
         _save(ctx, parts, anchor, mask, random)
 
@@ -98,7 +98,7 @@ class DropITAttentionFunction(LayerFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save what attention alone would, and the weight."""
-        without_zeros(ctx)
+        undefined_gradients_as_none(ctx)
         _, _, _, weight, _, mask, ctx.arguments, random, anchor, *parts = inputs
         _save(ctx, parts, weight, anchor, mask, random)
 

@@ -236,7 +236,7 @@ def _write_offsets(counted: bool, n: int, positions: Any, start: int, first: int
 
 
 def _in_threads(n: int, work: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
-    """Of ``n`` elements, as many jobs at a time as PyTorch uses threads; NumPy lets go of the interpreter meanwhile."""
+    """Run as many jobs on ``n`` elements at a time as PyTorch uses threads; NumPy releases the GIL meanwhile."""
     global _pool
     threads = torch.get_num_threads()
     if n < _MANY or threads < 2:

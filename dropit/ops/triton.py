@@ -211,7 +211,7 @@ def _apply_bitmask_blocks(source, bits, kept, n, ROWS: tl.constexpr):
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nothing looks on that has to see an operator: no compiler, mode or subclass."""
+    """Whether the kernel can be launched directly: no compiler, mode or subclass has to see an operator."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
@@ -220,7 +220,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A function that launches a kernel, as an operator where something looks on; else called at once: 0.3 ms less."""
+    """Make an operator of a function that launches a kernel; where possible call it directly, in 0.3 ms less."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         operator = triton_op(f"dropit::{name}", function, mutates_args=())
