@@ -183,7 +183,19 @@ def _warn_if_nothing_shrinks(policy: SavePolicy, model: nn.Module) -> None:
 
 
 def from_dropit(model: nn.Module) -> nn.Module:
-    """Undo :func:`to_dropit`, in place. Returns the model."""
+    """Undo :func:`to_dropit` or :func:`dropit.fit_budget`, in place.
+
+    Args:
+        model: The model; one that was never converted stays as it is.
+
+    Returns:
+        The model, whose layers have their own classes again and no state of DropIT's.
+
+    Example:
+        >>> model = from_dropit(to_dropit(torch.nn.Sequential(torch.nn.Linear(8, 8))))
+        >>> type(model[0])
+        <class 'torch.nn.modules.linear.Linear'>
+    """
     for module in model.modules():
         _restore(module)
     return model

@@ -72,8 +72,23 @@ class Coverage(list[LayerCoverage]):
 def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
     """Say of each layer that DropIT could make save less whether it is converted, or why not.
 
-    With a ``meter`` that measured a step of this model, say also which converted layers cannot help: those whose input
-    another operation saves as well (a functional ``F.relu`` cannot be swapped), and those that were not called.
+    Args:
+        model: The model, converted or not.
+        meter: One that measured a step of this model. With it the report says also which converted layers free nothing:
+            those whose input another operation saves as well (a functional ``F.relu`` cannot be swapped), and those
+            that were not called.
+
+    Returns:
+        A list of rows with ``fqn``, ``type`` and ``status``; ``str()`` of it is a table.
+
+    Example:
+        >>> import torch, dropit
+        >>> model = dropit.to_dropit(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU()))
+        >>> print(coverage(model))
+        layer  type    status
+        0      Linear  converted
+        1      ReLU    converted
+        converted 2 of 2
     """
     return Coverage(
         LayerCoverage(fqn, plain_type(module).__name__, _reason(module), _note(module, fqn, meter))

@@ -55,10 +55,18 @@ else:
 class CacheMonitor(Callback):
     """Measure what the first step of each epoch saves for backward, and what the plain model would save.
 
-    Logs dropit/cache_mb, dropit/dense_mb (MiB, of this process) and dropit/cache_ratio. Both are of the moment when
-    the step's first backward pass begins. dense_mb is that of one more forward pass, of the plain model, run eagerly;
-    it keeps nothing for backward and leaves weights, buffers, metrics and random numbers alone. Where a plain step
-    cannot be taken (a sharded model, a training_step that reads a dataloader_iter) dense_mb is nan and not logged.
+    It logs dropit/cache_mb and dropit/dense_mb (MiB, of this process), and dropit/cache_ratio. Both are measured when
+    the step's first backward pass begins. dense_mb comes from one more forward pass, of the plain model, run eagerly;
+    it keeps nothing for backward and leaves weights, buffers, metrics and random numbers as they were. Where a plain
+    step cannot be taken (a sharded model, a training_step that reads a dataloader_iter) dense_mb is nan and not logged.
+
+    Attributes:
+        cache_mb: MiB that the last measured step saved.
+        dense_mb: MiB that the plain model would have saved; nan if unknown.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[CacheMonitor()], logger=False, enable_checkpointing=False)
     """
 
     def __init__(self) -> None:
@@ -134,9 +142,19 @@ class CacheMonitor(Callback):
 class DropITCallback(CacheMonitor):
     """Train the LightningModule with DropIT layers, from the start of a fit to its end, and measure what they save.
 
-    ``strategy``, ``gamma`` and the options are those of :func:`dropit.to_dropit`. ``module``: the name of the submodule
-    to convert, as in ``"model"``; "" for all. After the fit, an exception included, the layers are plain again. The
-    checkpoints have the plain model's keys. Raises ValueError where to_dropit does or there is no such submodule.
+    After the fit, after an exception too, the layers are plain again. Checkpoints have the plain model's keys.
+
+    Args:
+        strategy, gamma, options: As in :func:`dropit.to_dropit`.
+        module: Name of the submodule to convert, as in ``"model"``; "" for the whole module.
+
+    Raises:
+        ValueError: At the start of a fit, where ``to_dropit`` does or there is no such submodule.
+
+    Example:
+        >>> callback = DropITCallback(gamma=0, compress="int8")
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[callback], logger=False, enable_checkpointing=False)
     """
 
     def __init__(self, strategy: str = "fastmink", gamma: float = 0.9, *, module: str = "", **options: Any) -> None:

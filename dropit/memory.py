@@ -31,15 +31,28 @@ _ROWS = 6  # of a table by module, at least
 class CacheMeter:
     """Count the bytes saved for backward by what runs inside the block: every storage once, parameters and buffers not.
 
-        with CacheMeter(model) as meter:
-            loss = loss_fn(model(x), y)
-        meter.total_bytes
-
     It counts what autograd has saved at the end of the block, or, where a backward pass runs inside it, at that pass's
-    start. A tensor that was saved but whose graph is gone by then does not count; a view counts as the storage
-    that it keeps alive. With ``retain=False`` nothing is kept, so a forward pass that would not fit can be measured;
-    there is no backward then. Module names come from the calls of ``model``'s modules, operator names from the
-    autograd graph behind ``model``'s output.
+    start. A tensor that was saved but whose graph is gone by then does not count, so the output has to be kept; a view
+    counts as the storage that it keeps alive. Module names come from the calls of ``model``'s modules, operator names
+    from the autograd graph behind ``model``'s output.
+
+    Args:
+        model: The model that runs, all or part of it.
+        retain: Whether the saved tensors are kept. False measures a forward pass that would not fit into memory, after
+            which there is no backward pass.
+
+    Attributes:
+        total_bytes: Bytes saved for backward.
+
+    Raises:
+        RuntimeError: In a backward pass, if ``retain`` is False.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        >>> with CacheMeter(model) as meter:
+        ...     loss = model(torch.randn(16, 64)).sum()
+        >>> meter.total_bytes, meter.by_operator()
+        (8192, {'Addmm': 4096, 'Relu': 4096})
     """
 
     def __init__(self, model: nn.Module, *, retain: bool = True) -> None:
@@ -249,12 +262,26 @@ def estimate_cache(
     dtype: torch.dtype = torch.float32,
     loss_fn: Callable[[Any], Any] | None = None,
 ) -> CacheMeter:
-    """What :class:`CacheMeter` would measure in a forward pass of ``model``, without its memory or its time.
+    """Return what :class:`CacheMeter` would measure in a forward pass of ``model``, without its memory or its time.
 
-    ``model``: a module, which is left alone, or a function that builds one; both run on the meta device, in training
-    mode. ``input_shape``: of the one input, its first dimension the batch; ``dtype``: of the input. ``loss_fn``: what
-    is computed of the output and belongs to the cache. Attention is taken to run in one kernel, as it does on CPUs and
-    GPUs without dropout. Raises RuntimeError where the model asks for values, which the meta device has not.
+    Attention is taken to run in one kernel, as it does on CPUs and on GPUs without dropout.
+
+    Args:
+        model: A module, which stays as it is, or a function that builds one; both run on the meta device, in training
+            mode.
+        input_shape: Of the one input; its first dimension is the batch.
+        dtype: Of the input.
+        loss_fn: What is computed of the output and counts as well.
+
+    Returns:
+        A meter, with the bytes by module and by operator.
+
+    Raises:
+        RuntimeError: If the model reads values, which tensors on the meta device do not have.
+
+    Example:
+        >>> estimate_cache(lambda: nn.Sequential(nn.Linear(64, 64), nn.ReLU()), (1024, 64)).total_bytes
+        524288
     """
     with torch.device("meta"):
         built = _on_meta(model) if isinstance(model, nn.Module) else model()

@@ -41,7 +41,14 @@ Layer = TypeVar("Layer", bound=type[DropITLayer])
 def register(layer: Layer) -> Layer:
     """Have ``to_dropit`` swap modules of type ``layer.plain`` for ``layer``. A decorator.
 
-    ``layer`` subclasses ``DropITLayer`` and ``layer.plain``; it adds no state of its own.
+    Args:
+        layer: A subclass of :class:`dropit.DropITLayer` and of ``layer.plain`` that adds no state.
+
+    Returns:
+        ``layer``.
+
+    Raises:
+        TypeError: If it is no such class.
     """
     plain = getattr(layer, "plain", None)
     if not (isinstance(layer, type) and issubclass(layer, DropITLayer)):
@@ -68,7 +75,7 @@ def _enter(plain: type[nn.Module], layer: type[DropITLayer]) -> None:
 
 
 def register_callers(*names: str) -> Callable[[Layer], Layer]:
-    """Have ``to_dropit`` swap in the class for any module whose own forward names one of these. A decorator."""
+    """Have ``to_dropit`` swap in the class for modules whose own forward names one of these functions. A decorator."""
 
     def enter(layer: Layer) -> Layer:
         CALLERS.update(dict.fromkeys(names, layer))
