@@ -1,4 +1,4 @@
-"""Accuracy and cache of the digits configs over several seeds: the README's table.
+"""Accuracy and cache of the digits configs over several seeds: a table of docs/benchmarks.md.
 
     python benchmarks/digits.py [--seeds 42 1 2]
 

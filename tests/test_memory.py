@@ -146,7 +146,7 @@ def test_a_raising_forward_leaves_no_hook():
 
 @pytest.mark.parametrize(("arch", "mib"), [("resnet18", 21.16), ("vit_b_16", 112.7)])
 def test_plain_torchvision_models_hold_the_known_bytes_per_sample(arch, mib):
-    """The figures of the table in the README: float32, 224 x 224, batch 2."""
+    """The figures of the table in docs/models.md: float32, 224 x 224, batch 2."""
     model = torchvision.models.get_model(arch)
     with CacheMeter(model, retain=False) as meter:
         y = model(torch.randn(2, 3, 224, 224))
