@@ -133,7 +133,7 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
 }
 
 
-def held(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
+def cache_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
     """Bytes that a forward pass holds for backward."""
     with dropit.CacheMeter(model, retain=False) as meter:
         value = loss(model)
@@ -151,10 +151,10 @@ def main() -> None:
     for name, make in ARCHITECTURES.items():
         torch.manual_seed(0)
         model, loss = make()
-        plain = held(model.train(), loss)
+        plain = cache_bytes(model.train(), loss)
         cells = []
         for compress in ("lossless", "int8"):
-            ours = held(dropit.to_dropit(model, gamma=args.gamma, compress=compress), loss)
+            ours = cache_bytes(dropit.to_dropit(model, gamma=args.gamma, compress=compress), loss)
             cells.append(f"{ours / 2**20:.2f} ({ours / plain - 1:+.0%})")
         report = dropit.coverage(model)
         print(

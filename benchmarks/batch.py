@@ -19,7 +19,7 @@ import report
 import torch
 from methods import USUAL, methods
 from step import stepper
-from tasks import TASKS, Task, forward, held
+from tasks import TASKS, Task, cache_bytes, forward
 from torch import nn
 
 GIB = 2**30
@@ -64,7 +64,7 @@ def measure(task: Task, method: str, args: argparse.Namespace, device: str) -> d
             return True
     else:
         with torch.autocast(device, torch.bfloat16, enabled=args.autocast):
-            some, more = (held(model, lambda n=n: forward(model, task.batch(n)[0])) for n in (2, 4))
+            some, more = (cache_bytes(model, lambda n=n: forward(model, task.batch(n)[0])) for n in (2, 4))
 
         def fits(n: int) -> bool:
             return some + (more - some) / 2 * (n - 2) <= limit

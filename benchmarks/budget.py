@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import report
 import torch
-from tasks import MIB, TASKS, criterion, forward, held, loss, without_noise
+from tasks import MIB, TASKS, cache_bytes, criterion, forward, loss, without_noise
 from torch import Tensor, nn
 
 import dropit
@@ -66,20 +66,20 @@ def rows(title: str, model: nn.Module, batch: tuple[Tensor, Tensor], parts: tupl
     """Print the table's rows of one model."""
     inputs, labels = batch
 
-    def bytes_held() -> int:
-        return held(model, lambda: forward(model, inputs))
+    def cache() -> int:
+        return cache_bytes(model, lambda: forward(model, inputs))
 
     def error() -> tuple[float, float]:
         return errors(gradients(model, batch), exact)
 
-    plain, exact = bytes_held(), gradients(copy.deepcopy(model), batch)
+    plain, exact = cache(), gradients(copy.deepcopy(model), batch)
     for part in parts:
         budget = int(part * plain)
         dropit.fit_budget(model, budget, inputs, loss_fn=lambda output: criterion(output, labels))
-        ours = "{:.3f} | {:.1e} | {:.1e}".format(bytes_held() / budget, *error())
+        ours = "{:.3f} | {:.1e} | {:.1e}".format(cache() / budget, *error())
         others = []
         for compress in COMPRESS:
-            gamma = single_gamma(model, lambda budget=budget: bytes_held() <= budget, compress)
+            gamma = single_gamma(model, lambda budget=budget: cache() <= budget, compress)
             if gamma is not None:
                 others.append((*error(), f"{compress}, gamma {gamma:.2f}"))
         best = "{:.1e} | {:.1e} | {}".format(*min(others)) if others else "| | does not fit"
@@ -98,7 +98,7 @@ def main() -> None:
     header = [
         "model",
         "budget, MiB",
-        "held / budget",
+        "saved / budget",
         "error",
         "by weight",
         "single gamma: error",

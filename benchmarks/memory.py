@@ -15,7 +15,7 @@ import copy
 import report
 import torch
 from methods import USUAL, methods
-from tasks import MIB, TASKS, Task, forward, held
+from tasks import MIB, TASKS, Task, cache_bytes, forward
 
 import dropit
 
@@ -29,7 +29,9 @@ def scaled(task: Task, method: str, args: argparse.Namespace, device: str) -> fl
     inputs = task.batch(args.batch)[0].to(device)
     half = args.batch // 2
     with torch.autocast(device, torch.bfloat16, enabled=args.autocast):
-        some, all_ = (held(model, lambda part=part: forward(model, part)) for part in (inputs[:half].clone(), inputs))
+        some, all_ = (
+            cache_bytes(model, lambda part=part: forward(model, part)) for part in (inputs[:half].clone(), inputs)
+        )
     return (some + (all_ - some) / half * (SCALED_TO - half)) / MIB
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     for name in args.models:
         task = TASKS[name]
         sizes = {method: scaled(task, method, args, device) for method in args.methods}
-        records += [{"model": task.title, "method": method, "held_mib": size} for method, size in sizes.items()]
+        records += [{"model": task.title, "method": method, "cache_mib": size} for method, size in sizes.items()]
         plain, *others = sizes.values()
         rows.append([task.title, f"{plain:.0f}", *(f"{size:.0f} ({size / plain - 1:+.0%})" for size in others)])
         print(f"| {' | '.join(rows[-1])} |", flush=True)

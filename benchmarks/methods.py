@@ -36,7 +36,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
 
 
 def offloaded(model: nn.Module) -> nn.Module:
-    """Copy all that is held to the host's memory, and back."""
+    """Copy all that is saved to the host's memory, and back."""
     inner = model.forward
 
     def forward(x: torch.Tensor) -> object:

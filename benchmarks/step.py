@@ -22,7 +22,7 @@ from typing import Any
 import report
 import torch
 from methods import USUAL, methods
-from tasks import MIB, TASKS, Task, forward, held, loss
+from tasks import MIB, TASKS, Task, cache_bytes, forward, loss
 from torch import nn
 
 WARM_UP = 2
@@ -71,7 +71,7 @@ def measure(task: Task, batch_size: int, args: argparse.Namespace, device: str) 
     records = []
     for name, each in models.items():
         with torch.autocast(device, torch.bfloat16, enabled=args.autocast):
-            cache = held(each, lambda each=each: forward(each, batch[0]))
+            cache = cache_bytes(each, lambda each=each: forward(each, batch[0]))
         records.append(
             {
                 "model": task.title,
@@ -79,7 +79,7 @@ def measure(task: Task, batch_size: int, args: argparse.Namespace, device: str) 
                 "method": name,
                 "ms": statistics.median(turn[name] for turn in turns) * 1000,
                 "time_ratio": statistics.median(turn[name] / turn["plain"] for turn in turns),
-                "held_mib": cache / MIB,
+                "cache_mib": cache / MIB,
             }
             | ({"peak_mib": peak(steps[name]) / MIB} if device == "cuda" else {})
         )
@@ -136,7 +136,7 @@ def main() -> None:
     args.methods = ["plain", *(name for name in args.methods if name != "plain")]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bfloat16 autocast" if args.autocast else "float32"
-    memory, key = ("peak of a step", "peak_mib") if device == "cuda" else ("saved for backward", "held_mib")
+    memory, key = ("peak of a step", "peak_mib") if device == "cuda" else ("saved for backward", "cache_mib")
     print(f"gamma {args.gamma}, {precision}; {report.hardware()}; time (and {memory}) by the plain model's\n")
     header, records, rows = ["a step", *args.methods], [], []
     print(report.table(header, []), flush=True)

@@ -99,7 +99,7 @@ def without_noise(model: nn.Module) -> nn.Module:
     return model
 
 
-def held(model: nn.Module, run: Callable[[], Any]) -> int:
+def cache_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that what ``run`` computes with ``model`` holds for backward, its result alone alive."""
     with dropit.CacheMeter(model, retain=False) as meter:
         result = run()

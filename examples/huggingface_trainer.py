@@ -20,7 +20,7 @@ rows = [{"pixel_values": image, "labels": int(label)} for image, label in zip(im
 train, val = [row for i, row in enumerate(rows) if i % 5], rows[::5]
 
 
-def held_mib(model: ViTForImageClassification) -> float:
+def cache_mib(model: ViTForImageClassification) -> float:
     """What a training step of 64 images holds for backward."""
     model.train()
     with dropit.CacheMeter(model, retain=False) as meter:
@@ -37,9 +37,9 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 size = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
 width = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 3}
 model = ViTForImageClassification(ViTConfig(**size, **width))
-plain = held_mib(model)
+plain = cache_mib(model)
 dropit.to_dropit(model, "fastmink", gamma=0.9)
-print(f"cache     {held_mib(model):.2f} MiB saved for backward, {plain:.2f} plain")
+print(f"cache     {cache_mib(model):.2f} MiB saved for backward, {plain:.2f} plain")
 
 with tempfile.TemporaryDirectory() as output_dir:
     options = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "logging_strategy": "epoch"}

@@ -25,7 +25,7 @@ def block(inside: int, outside: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inside, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU())
 
 
-def held_mib(model: nn.Module) -> float:
+def cache_mib(model: nn.Module) -> float:
     """What a training step of 64 images holds for backward."""
     with dropit.CacheMeter(model, retain=False) as meter:
         loss = cross_entropy(model(images[:64]), labels[:64])
@@ -34,9 +34,9 @@ def held_mib(model: nn.Module) -> float:
 
 
 model = nn.Sequential(block(1, 32), block(32, 64), nn.MaxPool2d(2), block(64, 64), nn.Flatten(), nn.Linear(1024, 10))
-plain = held_mib(model)
+plain = cache_mib(model)
 dropit.to_dropit(model, "fastmink", gamma=0.9, compress="int8")
-print(f"cache     {held_mib(model):.2f} MiB saved for backward, {plain:.2f} plain")
+print(f"cache     {cache_mib(model):.2f} MiB saved for backward, {plain:.2f} plain")
 
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 for epoch in range(EPOCHS):

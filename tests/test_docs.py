@@ -179,7 +179,7 @@ def test_the_main_job_reaches_its_accuracy_and_logs_its_scalars(workplace):
     assert last["val/acc1"] >= 0.93
     assert {"val/acc5", "train/loss", "lr-SGD", "dropit/dense_mb", "dropit/cache_mb"} <= last.keys()
     assert last["dropit/cache_ratio"] < 0.75
-    assert "MiB held for backward" in done.stdout
+    assert "MiB saved for backward" in done.stdout
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def percent(number):
 def test_the_readmes_table_says_what_those_in_docs_say():
     """In each cell: change of the cache, multiple of the plain model's time, error of the median weight's gradient."""
     (header, *rows) = next(rows for rows in tables(README) if rows[0][0] == "model")
-    caches, _, caches_at_0 = by_model("models.md", "held for backward")
+    caches, _, caches_at_0 = by_model("models.md", "saved for backward")
     times = {name.rpartition(", batch")[0]: row for name, row in by_model("benchmarks.md", "a step")[0].items()}
     errors, errors_at_0 = by_model("benchmarks.md", "median weight", steps="0")
     assert [cells[0] for cells in rows] == list(caches) == list(errors)
