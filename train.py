@@ -9,10 +9,10 @@ import argparse
 import sys
 from typing import NoReturn
 
-from dropit.training import runs
 from dropit.training.errors import ConfigError, UserError
+from dropit.training.run import modes
 
-MODES = {"train": runs.train, "eval": runs.evaluate, "info": runs.info, "time": runs.time}
+MODES = {"train": modes.train, "eval": modes.evaluate, "info": modes.info, "time": modes.time}
 
 
 class Parser(argparse.ArgumentParser):

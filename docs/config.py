@@ -9,15 +9,15 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from dropit.training import config
-from dropit.training.config import CHECKS, CHOICES, defaults, flatten
+from dropit.training.config import load as config
+from dropit.training.config.load import CHECKS, CHOICES, defaults, flatten
 
 HEAD = """\
 # The config keys
 
 What a file of `configs/` and the command line of `train.py` can set: `SOLVER: {LR: 0.01}` in a file, `SOLVER.LR 0.01`
 or `SOLVER.LR=0.01` on the command line. A file names only what differs from the defaults, and may begin with
-`_BASE_: other.yaml`. Written by `python docs/config.py > docs/config.md` from `dropit/training/config.py`.
+`_BASE_: other.yaml`. Written by `python docs/config.py > docs/config.md` from `dropit/training/config/load.py`.
 """
 _TYPES = {bool: "true or false", int: "integer", float: "number", str: "text"}
 _LONGEST = 12  # of the lists of choices that are written out

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import dropit
-from dropit.training.builders import build_classifier
-from dropit.training.config import load
+from dropit.training.builders.model import build_classifier
+from dropit.training.config.load import load
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))

@@ -1,0 +1,285 @@
+"""Pretrained weights: read from a file without running code in it, and fitted to a model."""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+from torchvision.models.vision_transformer import interpolate_embeddings
+
+from dropit.training.errors import ConfigError, SetupError
+from dropit.training.model.architectures import ARCHS, TINY, suggest
+
+Weights = dict[str, Tensor]
+
+# Where files keep the weights beside other things: averaged ones (EMA) first, as they are the better ones.
+_PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model")
+# What DDP, torch.compile and a LightningModule put before each name.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# Parts that need not fit: classifiers, also those that only pretraining has.
+_HEADS = {"fc", "heads", "head", "head_dist", "classifier", "last_linear", "aux1", "aux2", "AuxLogits", "pooler"}
+_POSITIONS = ("pos_embedding", "pos_embed", "position_embeddings")
+# Names in torchvision's own older files.
+_OLD_NAMES = {
+    r"\.mlp\.linear_1\.": ".mlp.0.",
+    r"\.mlp\.linear_2\.": ".mlp.3.",
+    r"(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)": r"\1\2",
+}
+# timm's and DeiT's names of a ViT, and torchvision's.
+_VIT_NAMES = {
+    r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
+    r"\.norm([12])\.": r".ln_\1.",
+    r"\.attn\.qkv\.": ".self_attention.in_proj_",
+    r"\.attn\.proj\.": ".self_attention.out_proj.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.3.",
+    r"^patch_embed\.proj\.": "conv_proj.",
+    r"^cls_token$": "class_token",
+    r"^pos_embed$": "encoder.pos_embedding",
+    r"^norm\.": "encoder.ln.",
+    r"^head\.": "heads.head.",
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a file's tensors, by name; ``str`` is one to three lines."""
+
+    source: str
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...]  # of the loaded: position embeddings of another image size
+    skipped: tuple[str, ...]  # in the file, not used
+    missing: tuple[str, ...]  # of the model, left as they were
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
+        if self.resized:
+            lines.append(f"resized: {_some(self.resized)}")
+        unused = [name for name in self.skipped if name not in self.missing]
+        rest = [f"new: {_some(self.missing)}"] if self.missing else []
+        rest += [f"not used: {_some(unused)}"] if unused else []
+        return "\n             ".join([*lines, "; ".join(rest)] if rest else lines)
+
+
+def _some(names: Iterable[str]) -> str:
+    first, *rest = names
+    return f"{', '.join([first, *rest[:2]])} and {len(rest) - 2} more" if len(rest) > 3 else ", ".join([first, *rest])
+
+
+def load_pretrained(model: nn.Module, source: str, arch: str) -> LoadReport:
+    """Load weights by torchvision's name or from a local file, all but a classifier of another size.
+
+    Names of timm's ViTs, of transformers' older versions and of wrappers (DDP, compile, Lightning) become the model's;
+    position embeddings are resized. Raises ConfigError for weights of another model, SetupError for an unusable file.
+    """
+    weights, part = _find(source, arch)
+    own = model.state_dict()
+    weights = _rename(_strip(weights, own), own, vit=isinstance(model, tv.VisionTransformer))
+    weights, resized = _resize_positions(weights, own)
+    if arch.startswith("hf/"):
+        weights = _rename_hf(model, weights)
+    skipped = tuple(name for name in weights if name not in own or own[name].shape != weights[name].shape)
+    # Old files lack the counts; BatchNorm starts them at 0.
+    absent = (name for name in own if name not in weights and not name.endswith(".num_batches_tracked"))
+    missing = tuple(dict.fromkeys([*(name for name in skipped if name in own), *absent]))
+    _check_fit(weights, own, [name for name in (*skipped, *missing) if not _is_head(name)], source, arch)
+    loaded = {name: tensor for name, tensor in weights.items() if name not in skipped}
+    model.load_state_dict(loaded, strict=False)
+    return LoadReport(f"{source} ({part})" if part else source, tuple(loaded), resized, skipped, missing)
+
+
+def _find(source: str, arch: str) -> tuple[Weights, str]:
+    """The weights, and the part of the file that they are."""
+    enum = tv.get_model_weights(arch) if arch in ARCHS and arch not in TINY else None
+    if enum is not None and source in enum.__members__:
+        return _download(enum[source]), ""
+    path = Path(source)
+    if path.exists():
+        return find_weights(read_file(path, "MODEL.PRETRAINED"), source)
+    names = [weights.name for weights in enum] if enum is not None else []
+    known = f"one of {', '.join(names)} or " if names else ""
+    near = suggest(source, names) or _nearest_file(path)
+    raise ConfigError(f"MODEL.PRETRAINED must be {known}a local file, got {source!r}{near}")
+
+
+def _download(weights: tv.WeightsEnum) -> Weights:
+    try:
+        return dict(weights.get_state_dict(progress=True, check_hash=True))
+    except (URLError, OSError, RuntimeError) as error:
+        raise SetupError(
+            f"MODEL.PRETRAINED {weights.name} could not be downloaded ({error}); give a local file, or '' to start "
+            "from scratch"
+        ) from error
+
+
+def read_file(path: Path, key: str) -> Any:
+    """What torch.save or safetensors wrote to ``path``, on the CPU; no code in it is run.
+
+    ``key``: the config key that named the file. Raises ConfigError if there is no such file, SetupError if it is
+    damaged, is something else, or holds more than tensors and plain values.
+    """
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in {".safetensors", ".pth", ".pt", ".ckpt"})
+        raise ConfigError(f"{key} {path}: a directory, not a file{'; it holds ' + _some(files) if files else ''}")
+    if not path.is_file():
+        raise ConfigError(f"{key} {path}: no such file{_nearest_file(path)}")
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise SetupError(f"{key} {path}: cannot be read: {error.strerror}") from error
+    if what := _not_weights(head):
+        raise SetupError(f"{key} {path}: {what}")
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return _read_safetensors(path, key)
+    return _read_pickle(path, key, "cut short or damaged" if head.startswith(b"PK") else "not a file of weights")
+
+
+def _not_weights(head: bytes) -> str:
+    """What a file that begins so is instead; empty if it may be weights."""
+    start = head.lstrip().lower()
+    if not start:
+        return "the file is empty"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not weights; download the file itself"
+    return ""
+
+
+def _read_safetensors(path: Path, key: str) -> Weights:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise SetupError(f"{key} {path}: needs safetensors: pip install safetensors") from error
+    try:
+        return dict(load_file(path))
+    except Exception as error:  # whatever a damaged file makes the reader trip over
+        raise SetupError(f"{key} {path}: cut short or damaged, or no safetensors file") from error
+
+
+def _read_pickle(path: Path, key: str, otherwise: str) -> Any:
+    try:
+        # Training scripts keep their arguments beside the weights; a Namespace is a bag of them.
+        with torch.serialization.safe_globals([Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if found is not None:
+            otherwise = f"refused, it holds {found[1]}, and only tensors and plain values are read"
+        raise SetupError(f"{key} {path}: {otherwise}") from error
+    except Exception as error:  # whatever a damaged file makes the reader trip over
+        raise SetupError(f"{key} {path}: {otherwise}") from error
+
+
+def _nearest_file(path: Path) -> str:
+    try:
+        return suggest(path.name, (other.name for other in path.parent.iterdir()))
+    except OSError:
+        return ""
+
+
+def find_weights(content: Any, source: str) -> tuple[Weights, str]:
+    """The state_dict in what a file holds, and the name of the part that it is: averaged weights (EMA) first."""
+    parts = content if isinstance(content, Mapping) else {}
+    for part in _PARTS:
+        if tensors := _tensors(parts.get(part)):
+            return tensors, part
+    if tensors := _tensors(parts):
+        return tensors, ""
+    raise SetupError(f"MODEL.PRETRAINED {source}: holds no state_dict")
+
+
+def _tensors(content: Any) -> Weights:
+    items = content.items() if isinstance(content, Mapping) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _strip(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
+    """Without the prefixes that wrappers put before each name; what has none beside such is none of the model's."""
+    for prefix in _PREFIXES:
+        inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        if inside and not any(name.startswith(prefix) for name in own):
+            return _strip(inside, own)
+    return weights
+
+
+def _rename(weights: Weights, own: Mapping[str, Tensor], *, vit: bool) -> Weights:
+    """With the names that the model has now."""
+
+    def renamed(name: str) -> str:
+        for pattern, new in (_OLD_NAMES | (_VIT_NAMES if vit else {})).items():
+            name = re.sub(pattern, new, name)
+        return name
+
+    return {name if name in own else renamed(name): tensor for name, tensor in weights.items()}
+
+
+def _rename_hf(model: Any, weights: Weights) -> Weights:
+    """What transformers' own loading makes of the weights; it renames, and what does not fit stays as it is."""
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    fitted, info = type(model).from_pretrained(
+        None, config=model.config, state_dict=dict(weights), ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    other = {name for name, *_ in info["mismatched_keys"]}
+    kept = {name: tensor for name, tensor in fitted.state_dict().items() if name not in other | info["missing_keys"]}
+    rest = {name: weights[name] for name in (*info["unexpected_keys"], *sorted(other)) if name in weights}
+    return kept | rest
+
+
+def _resize_positions(weights: Weights, own: Mapping[str, Tensor]) -> tuple[Weights, tuple[str, ...]]:
+    """With position embeddings for the model's image size, and their names."""
+    resized = {}
+    for name in weights.keys() & own.keys():
+        old, new = weights[name], own[name]
+        if name.endswith(_POSITIONS) and old.dim() == new.dim() == 3 and old.shape[1] != new.shape[1]:
+            tokens = new.shape[1] - math.isqrt(new.shape[1]) ** 2
+            if old.shape[1] - math.isqrt(old.shape[1]) ** 2 == tokens:
+                resized[name] = _resize(old, tokens, math.isqrt(new.shape[1]))
+    return weights | resized, tuple(resized)
+
+
+def _resize(positions: Tensor, tokens: int, side: int) -> Tensor:
+    """(1, tokens + old side^2, D) position embeddings for ``side`` x ``side`` patches; those of tokens stay."""
+    kept, grid = positions[:, :tokens].float(), positions[:, tokens:].float()
+    one_token = torch.cat([grid[:, :1], grid], dim=1)  # what torchvision expects
+    state = interpolate_embeddings(side, 1, OrderedDict({"encoder.pos_embedding": one_token}))
+    return torch.cat([kept, state["encoder.pos_embedding"][:, 1:]], dim=1)
+
+
+def _is_head(name: str) -> bool:
+    parts = name.split(".")
+    return parts[0] in _HEADS or "pooler" in parts
+
+
+def _check_fit(weights: Weights, own: Mapping[str, Tensor], wrong: list[str], source: str, arch: str) -> None:
+    if not wrong:
+        return
+    name = wrong[0]
+    if name not in own:
+        what = f"it holds {name}, which the model does not have"
+    elif name not in weights:
+        what = f"it lacks {name}"
+    else:
+        what = f"{name} is {_shape(weights[name])} in it, {_shape(own[name])} in the model"
+    more = len(set(wrong)) - 1
+    raise ConfigError(
+        f"MODEL.PRETRAINED {source} does not fit {arch}: {what}{f', and {more} more such' if more else ''}"
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "a number"
