@@ -26,7 +26,7 @@ from yacs.config import CfgNode
 from dropit import estimate_cache, to_dropit
 from dropit.training.callbacks.monitors import CacheMonitor
 from dropit.training.checkpoint.writer import CheckpointWriter
-from dropit.training.config.load import flatten
+from dropit.training.config.keys import flatten
 from dropit.training.data.datasets import Source, check_classes, open_dataset
 from dropit.training.data.loading import ImageData, Samples
 from dropit.training.data.transforms import BatchMix, eval_transform, train_transform

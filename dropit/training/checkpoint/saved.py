@@ -10,7 +10,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from yacs.config import CfgNode
 
 from dropit.training.checkpoint.writer import is_whole
-from dropit.training.config.load import flatten
+from dropit.training.config.keys import flatten
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.model.pretrained import read_file
 

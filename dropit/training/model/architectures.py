@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import StochasticDepth
 
-from dropit.training.errors import ConfigError, SetupError
+from dropit.training.errors import ConfigError, SetupError, suggest
 
 
 def vit_tiny(num_classes: int, image_size: int, **rates: float) -> tv.VisionTransformer:
@@ -50,13 +49,6 @@ def known_arch(name: str) -> bool:
 def _is_plain(name: str) -> bool:
     """Whether it is a name alone: timm takes addresses of weights, too."""
     return re.fullmatch(r"[\w.]+", name) is not None
-
-
-def suggest(name: str, valid: Iterable[str], count: int = 1) -> str:
-    """'; did you mean ...?' with the nearest of the valid names, in any case of letters; empty if none is near."""
-    by_lower = {other.lower(): other for other in valid}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=count)
-    return f"; did you mean {', '.join(by_lower[other] for other in near)}?" if near else ""
 
 
 def build_model(

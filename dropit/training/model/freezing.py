@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dropit.training.errors import ConfigError
-from dropit.training.model.architectures import suggest
+from dropit.training.errors import ConfigError, suggest
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:

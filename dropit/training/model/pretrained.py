@@ -18,8 +18,8 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from dropit.training.errors import ConfigError, SetupError
-from dropit.training.model.architectures import ARCHS, TINY, suggest
+from dropit.training.errors import ConfigError, SetupError, suggest
+from dropit.training.model.architectures import ARCHS, TINY
 
 Weights = dict[str, Tensor]
 

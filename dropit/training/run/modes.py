@@ -37,6 +37,7 @@ from dropit.training.callbacks.probe import GradientProbe
 from dropit.training.callbacks.stopping import FiniteLoss, Interruption, Interruptions, end_others
 from dropit.training.checkpoint import saved as checkpoints
 from dropit.training.checkpoint.writer import check_space
+from dropit.training.config.check import ineffective
 from dropit.training.config.load import load
 from dropit.training.data.loading import ImageData
 from dropit.training.errors import ConfigError, SetupError
@@ -148,8 +149,7 @@ def info(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> No
     """Print what a step of one process would compute and hold, without computing or holding it."""
     if resume:
         raise ConfigError("--resume is for --mode train")
-    _quiet()
-    cfg = load(cfg_path, overrides)
+    cfg = _load(cfg_path, overrides)
     batch = batch_size(cfg)
     describe(
         f"{cfg.MODEL.ARCH} on {cfg.DATASET}",
@@ -198,11 +198,22 @@ def run_dir(cfg_path: str | Path, output_dir: str | Path) -> Path:
 
 def _start(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
     """Read the config and refuse at once what this machine cannot run."""
-    _quiet()
-    cfg = load(cfg_path, overrides)
+    cfg = _load(cfg_path, overrides)
     check_machine(cfg)
     torch.set_float32_matmul_precision("high" if cfg.TRAIN.PRECISION == "tf32" else "highest")
     return cfg
+
+
+def _load(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
+    """Read the config, and warn of keys that have no effect."""
+    _quiet()
+    cfg = load(cfg_path, overrides)
+    for line in ineffective(cfg):
+        _say(f"train.py: warning: {line}", file=sys.stderr)
+    return cfg
+
+
+_say = rank_zero_only(print)
 
 
 def _quiet() -> None:
@@ -232,7 +243,7 @@ def _find_last(cfg: CfgNode, directory: Path) -> Path:
         if not best.is_file():
             raise
         found = fits(best)
-        rank_zero_only(print)(f"train.py: {error}; going on from {best}", file=sys.stderr)
+        _say(f"train.py: {error}; going on from {best}", file=sys.stderr)
         return found
 
 

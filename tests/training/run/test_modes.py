@@ -158,6 +158,12 @@ def test_bad_input_gives_one_line_and_an_exit_code(config, capsys, arguments, co
     assert not Path("outputs/few/vit/version_0").exists()
 
 
+def test_a_key_without_an_effect_is_one_warning_and_the_run_goes_on(config, capsys):
+    assert train.main(["--cfg", config, "--mode", "info", "DROPIT.STRATEGY", "mink", "DROPIT.D", "64"]) == 0
+    warning = "train.py: warning: DROPIT.D 64 has no effect without DROPIT.STRATEGY fastmink\n"
+    assert capsys.readouterr().err == warning
+
+
 @pytest.mark.parametrize(("arguments", "message"), [([], "--cfg"), (["--cfg", "no.yaml"], "no.yaml: no such file")])
 def test_without_a_config_nothing_starts(capsys, arguments, message):
     code, line = failure(capsys, *arguments)

@@ -9,15 +9,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dropit.training.config.load import defaults
 from tests import processes
 
 ROOT = Path(__file__).parents[3]
 CONFIG = "configs/digits/vit_tiny_fastminkx0.9.yaml"
 SHORT = ["SOLVER.MAX_EPOCHS", "1", "SOLVER.WARMUP_EPOCHS", "0", "SOLVER.BATCH_SIZE", "240", "ACCELERATOR", "cpu"]
 BATCH = ROOT / "docs" / "slurm.sbatch"
-
-needs_num_nodes = pytest.mark.skipif("NUM_NODES" not in defaults(), reason="the config has no NUM_NODES")
 
 
 @pytest.fixture
@@ -56,7 +53,6 @@ def outcome(output_dir):
     return torch.load(version / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"], scalars
 
 
-@needs_num_nodes
 @pytest.mark.ddp
 def test_two_nodes_train_as_two_processes_of_one(workplace):
     ended = train_on_two_nodes(*SHORT, "OUTPUT_DIR", "two")
@@ -72,7 +68,6 @@ def test_two_nodes_train_as_two_processes_of_one(workplace):
         assert torch.equal(weight, expected_weights[name]), name
 
 
-@needs_num_nodes
 @pytest.mark.ddp
 def test_a_wrong_number_of_nodes_is_one_line_on_each(workplace):
     for done in train_on_two_nodes(*SHORT, "NUM_NODES", "3"):
@@ -83,7 +78,6 @@ def test_a_wrong_number_of_nodes_is_one_line_on_each(workplace):
         assert "Lightning" not in done.stderr
 
 
-@needs_num_nodes
 def test_several_nodes_without_what_starts_them_is_one_line_and_no_waiting(workplace):
     command = [sys.executable, "train.py", "--cfg", CONFIG, *SHORT, "NUM_NODES", "2"]
     done = processes.run(command)
