@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
-from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from dropit.training.checkpoint.files import nearest_file, read_file, some
 from dropit.training.errors import ConfigError, SetupError, suggest
 from dropit.training.model.architectures import ARCHS, TINY
 
@@ -65,16 +64,11 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         if self.resized:
-            lines.append(f"resized: {_some(self.resized)}")
+            lines.append(f"resized: {some(self.resized)}")
         unused = [name for name in self.skipped if name not in self.missing]
-        rest = [f"new: {_some(self.missing)}"] if self.missing else []
-        rest += [f"not used: {_some(unused)}"] if unused else []
+        rest = [f"new: {some(self.missing)}"] if self.missing else []
+        rest += [f"not used: {some(unused)}"] if unused else []
         return "\n             ".join([*lines, "; ".join(rest)] if rest else lines)
-
-
-def _some(names: Iterable[str]) -> str:
-    first, *rest = names
-    return f"{', '.join([first, *rest[:2]])} and {len(rest) - 2} more" if len(rest) > 3 else ", ".join([first, *rest])
 
 
 def load_pretrained(model: nn.Module, source: str, arch: str) -> LoadReport:
@@ -109,7 +103,7 @@ def _find(source: str, arch: str) -> tuple[Weights, str]:
         return find_weights(read_file(path, "MODEL.PRETRAINED"), source)
     names = [weights.name for weights in enum] if enum is not None else []
     known = f"one of {', '.join(names)} or " if names else ""
-    near = suggest(source, names) or _nearest_file(path)
+    near = suggest(source, names) or nearest_file(path)
     raise ConfigError(f"MODEL.PRETRAINED must be {known}a local file, got {source!r}{near}")
 
 
@@ -121,73 +115,6 @@ def _download(weights: tv.WeightsEnum) -> Weights:
             f"MODEL.PRETRAINED {weights.name} could not be downloaded ({error}); give a local file, or '' to start "
             "from scratch"
         ) from error
-
-
-def read_file(path: Path, key: str) -> Any:
-    """What torch.save or safetensors wrote to ``path``, on the CPU; no code in it is run.
-
-    ``key``: the config key that named the file. Raises ConfigError if there is no such file, SetupError if it is
-    damaged, is something else, or holds more than tensors and plain values.
-    """
-    if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.suffix in {".safetensors", ".pth", ".pt", ".ckpt"})
-        raise ConfigError(f"{key} {path}: a directory, not a file{'; it holds ' + _some(files) if files else ''}")
-    if not path.is_file():
-        raise ConfigError(f"{key} {path}: no such file{_nearest_file(path)}")
-    try:
-        with path.open("rb") as file:
-            head = file.read(512)
-    except OSError as error:
-        raise SetupError(f"{key} {path}: cannot be read: {error.strerror}") from error
-    if what := _not_weights(head):
-        raise SetupError(f"{key} {path}: {what}")
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
-        return _read_safetensors(path, key)
-    return _read_pickle(path, key, "cut short or damaged" if head.startswith(b"PK") else "not a file of weights")
-
-
-def _not_weights(head: bytes) -> str:
-    """What a file that begins so is instead; empty if it may be weights."""
-    start = head.lstrip().lower()
-    if not start:
-        return "the file is empty"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, not weights; download the file itself"
-    return ""
-
-
-def _read_safetensors(path: Path, key: str) -> Weights:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise SetupError(f"{key} {path}: needs safetensors: pip install safetensors") from error
-    try:
-        return dict(load_file(path))
-    except Exception as error:  # whatever a damaged file makes the reader trip over
-        raise SetupError(f"{key} {path}: cut short or damaged, or no safetensors file") from error
-
-
-def _read_pickle(path: Path, key: str, otherwise: str) -> Any:
-    try:
-        # Training scripts keep their arguments beside the weights; a Namespace is a bag of them.
-        with torch.serialization.safe_globals([Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found is not None:
-            otherwise = f"refused, it holds {found[1]}, and only tensors and plain values are read"
-        raise SetupError(f"{key} {path}: {otherwise}") from error
-    except Exception as error:  # whatever a damaged file makes the reader trip over
-        raise SetupError(f"{key} {path}: {otherwise}") from error
-
-
-def _nearest_file(path: Path) -> str:
-    try:
-        return suggest(path.name, (other.name for other in path.parent.iterdir()))
-    except OSError:
-        return ""
 
 
 def find_weights(content: Any, source: str) -> tuple[Weights, str]:

@@ -35,7 +35,8 @@ from dropit.training.builders.model import (
 from dropit.training.callbacks.monitors import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
 from dropit.training.callbacks.probe import GradientProbe
 from dropit.training.callbacks.stopping import FiniteLoss, Interruption, Interruptions, end_others
-from dropit.training.checkpoint import saved as checkpoints
+from dropit.training.checkpoint import saved
+from dropit.training.checkpoint.keepers import ConfigKeeper, RandomKeeper
 from dropit.training.checkpoint.writer import check_space
 from dropit.training.config.check import ineffective
 from dropit.training.config.load import load
@@ -74,7 +75,7 @@ def train(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> N
     callbacks = _callbacks(cfg, [cache, speed], best, last)
     # A run that is taken up again goes on in its own logs; one from elsewhere gets new ones.
     known = checkpoint is not None and directory.resolve() in checkpoint.resolve().parents
-    version = checkpoints.version_dir(checkpoint).name if checkpoint and known else None
+    version = saved.version_dir(checkpoint).name if checkpoint and known else None
     if not cfg.TRY_STEPS:  # best.ckpt and last.ckpt, if they are not there yet, and one that is being written
         rank_zero_only(check_space)(directory, (1 if version else 3) * state_bytes(classifier.model, cfg))
     steps = data.steps_per_epoch(processes(cfg)) // cfg.SOLVER.ACCUMULATE
@@ -105,8 +106,8 @@ def _callbacks(cfg: CfgNode, monitors: list[Callback], best: ModelCheckpoint, la
     keepers = [
         best,
         last,
-        checkpoints.ConfigKeeper(cfg),
-        checkpoints.RandomKeeper(),
+        ConfigKeeper(cfg.dump()),
+        RandomKeeper(),
         Interruptions(None if cfg.TRY_STEPS else last),
     ]
     lines = [] if sys.stdout.isatty() else [EpochLines()]
@@ -134,8 +135,8 @@ def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -
     cfg = _start(cfg_path, overrides)
     data = build_data(cfg)
     directory = run_dir(cfg_path, cfg.OUTPUT_DIR)
-    path = Path(cfg.CKPT) if cfg.CKPT else checkpoints.newest(directory, "best")
-    checkpoint = checkpoints.read(path, like=cfg, sections=("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM"))
+    path = Path(cfg.CKPT) if cfg.CKPT else saved.newest(directory, "best")
+    checkpoint = saved.read(path, like=cfg, sections=("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM"))
     classifier = build_classifier(cfg, pretrained=False)
     classifier.load_state_dict(checkpoint["state_dict"])
     trainer = build_trainer(cfg)
@@ -230,12 +231,12 @@ def _find_last(cfg: CfgNode, directory: Path) -> Path:
     """The checkpoint to go on from: CKPT, or the newest run's last.ckpt, or its best.ckpt where that is damaged."""
 
     def fits(path: Path) -> Path:
-        checkpoints.read(path, like=cfg, sections=("DATASET", "MODEL.", "DROPIT.", *_OPTIMIZERS_STATE))
+        saved.read(path, like=cfg, sections=("DATASET", "MODEL.", "DROPIT.", *_OPTIMIZERS_STATE))
         return path
 
     if cfg.CKPT:
         return fits(Path(cfg.CKPT))
-    last = checkpoints.newest(directory, "last")
+    last = saved.newest(directory, "last")
     try:
         return fits(last)
     except SetupError as error:

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import train
 from dropit.training.checkpoint import writer
-from dropit.training.checkpoint.writer import CheckpointWriter, is_whole
+from dropit.training.checkpoint.files import find_damage
+from dropit.training.checkpoint.writer import CheckpointWriter
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.model.classifier import Classifier
 from dropit.training.run import modes
@@ -250,7 +251,7 @@ def test_a_full_disk_ends_the_run_in_one_line(config, capsys):
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "cannot be written" in done.stderr
-    assert is_whole(last)
+    assert not find_damage(last)
     assert torch.load(last, weights_only=True)["epoch"] == 0
     assert not list(last.parent.glob("*.part"))
 
@@ -416,7 +417,7 @@ def test_a_process_that_is_lost_ends_the_run_at_once_and_is_named(config):
     # Lightning looks every five seconds, and may be the first to see it.
     said = {1: "train.py: process 1 of 2 was ended by SIGKILL", -signal.SIGKILL: "terminated with code -9"}
     assert said[run.returncode] in errors.splitlines()[-1]
-    assert is_whole(Path("outputs/few/vit/version_0/checkpoints/last.ckpt"))
+    assert not find_damage(Path("outputs/few/vit/version_0/checkpoints/last.ckpt"))
 
 
 @pytest.mark.ddp
