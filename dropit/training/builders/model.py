@@ -27,9 +27,11 @@ from dropit import estimate_cache, to_dropit
 from dropit.training.callbacks.monitors import CacheMonitor
 from dropit.training.checkpoint.writer import CheckpointWriter
 from dropit.training.config.keys import flatten
+from dropit.training.data.batches import BatchMix
 from dropit.training.data.datasets import Source, check_classes, open_dataset
-from dropit.training.data.loading import ImageData, Samples
-from dropit.training.data.transforms import BatchMix, eval_transform, train_transform
+from dropit.training.data.loading import ImageData
+from dropit.training.data.samples import Samples
+from dropit.training.data.transforms import eval_transform, train_transform
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.model.architectures import build_model
 from dropit.training.model.classifier import Batch, Classifier

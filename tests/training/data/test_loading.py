@@ -1,130 +1,24 @@
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from dropit.training.data.batches import BatchMix
 from dropit.training.data.datasets import open_dataset
-from dropit.training.data.loading import ImageData, Key, Loader, Samples, SharedBatches
-from dropit.training.data.transforms import BatchMix, eval_transform, train_transform
+from dropit.training.data.loading import ImageData, Loader
+from dropit.training.data.sampler import SharedBatches
+from dropit.training.data.samples import Samples
+from dropit.training.data.transforms import eval_transform
 from dropit.training.errors import ConfigError, SetupError
-
-HALF = ([0.5] * 3, [0.5] * 3)
-
-
-class Photos:
-    """``count`` images of noise; the label is the index."""
-
-    def __init__(self, count, size=16):
-        self.classes = tuple(map(str, range(count)))
-        self.size = size
-
-    def __len__(self):
-        return len(self.classes)
-
-    def __getitem__(self, index):
-        pixels = np.random.default_rng(index).integers(0, 256, (self.size, self.size, 3), dtype=np.uint8)
-        return Image.fromarray(pixels), index
-
-
-def samples(count=20, *, seed=1, random=True, **options):
-    augment = train_transform(16, *HALF, crop="pad", crop_scale=(1, 1), flip=True)
-    return Samples(Photos(count), augment if random else eval_transform(16, *HALF, resize=0), seed=seed, **options)
-
-
-def keys(count, batch_size, *, epoch=0, **options):
-    batches = SharedBatches(samples(count, seed=options.pop("seed", 1)), batch_size, **{"train": True, **options})
-    batches.set_epoch(epoch)
-    taken = list(batches)
-    assert len(taken) == len(batches)
-    return taken
-
-
-def flat(batches):
-    return [key for batch in batches for key in batch]
+from tests.training.data.images import HALF, Photos, keys, samples
 
 
 def load(data, batches, workers=0):
     """What the model sees of the batches, joined."""
     loader = Loader(data, batch_size=None, sampler=batches, num_workers=workers)
     return torch.cat([data.finish(batch)[0] for batch in loader])
-
-
-def test_an_epoch_has_each_sample_once_in_an_order_of_its_own():
-    first, again, second = keys(20, 8), keys(20, 8), keys(20, 8, epoch=1)
-    assert first == again
-    assert [len(batch) for batch in first] == [8, 8, 4]
-    assert [key.sample for key in flat(first)] != [key.sample for key in flat(second)]
-    for epoch, batches in enumerate((first, second)):
-        assert {key.epoch for key in flat(batches)} == {epoch}
-        assert sorted(key.sample for key in flat(batches)) == list(range(20))
-    assert flat(keys(20, 8, seed=2)) != flat(first)
-
-
-def test_validation_is_in_order():
-    assert flat(keys(20, 8, train=False, epoch=3)) == [Key(3, index, 0) for index in range(20)]
-
-
-@pytest.mark.parametrize("world", [2, 3, 4])
-@pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("count", [24, 25, 47])
-def test_processes_see_together_what_one_alone_would_see(world, train, count):
-    alone = keys(count, 12, train=train)
-    together = [keys(count, 12 // world, train=train, rank=rank, world=world) for rank in range(world)]
-    assert len({len(batches) for batches in together}) == 1  # or one would wait for the others forever
-    joined = [sorted(key for share in shares for key in share) for shares in zip(*together, strict=True)]
-    if train:
-        assert all(len({len(share) for share in shares}) == 1 for shares in zip(*together, strict=True))
-        missing = [len(mixed) - len(whole) for mixed, whole in zip(joined, alone, strict=True)]
-        filling = flat(alone)[: missing[-1]]
-        assert joined == [sorted(whole) for whole in [*alone[:-1], alone[-1] + filling]]
-        assert missing[:-1] == [0] * (len(alone) - 1)
-    else:
-        assert sorted(flat(joined)) == flat(alone)
-        assert all(share for batches in together for share in batches)
-
-
-def test_a_batch_of_one_in_validation_is_shared_out_whole():
-    shares = [keys(5, 1, train=False, rank=rank, world=2) for rank in range(2)]
-    assert [[len(batch) for batch in share] for share in shares] == [[1, 2], [1, 1]]
-
-
-def test_too_few_samples_for_the_processes_are_refused():
-    with pytest.raises(SetupError, match="NUM_GPUS 3: the 2 validation images cannot be shared"):
-        keys(2, 4, train=False, world=3)
-    with pytest.raises(SetupError, match="NUM_GPUS 2: the 1 training image cannot be shared"):
-        keys(1, 4, world=2)
-
-
-def test_repeats_draw_an_image_several_times_in_a_row_in_an_epoch_of_the_same_length():
-    drawn = flat(keys(20, 8, repeats=3))
-    assert len(drawn) == 20
-    assert [key.repeat for key in drawn] == ([0, 1, 2] * 7)[:20]
-    rows = [{key.sample for key in drawn[start : start + 3]} for start in range(0, 18, 3)]
-    assert [len(row) for row in rows] == [1] * 6
-    assert len(set.union(*rows)) == 6
-
-
-def test_repeats_are_the_same_image_differently_changed():
-    data = samples()
-    batch = data.load([Key(0, 5, repeat) for repeat in range(3)])
-    assert batch.labels.tolist() == [5, 5, 5]
-    assert len(batch.images.unique(dim=0)) == 3
-
-
-def test_start_leaves_out_what_was_taken_and_only_in_its_epoch():
-    batches = SharedBatches(samples(), 4, train=True)
-    batches.set_epoch(1)
-    whole = list(batches)
-    batches.start = 2
-    batches.set_epoch(1)
-    assert list(batches) == whole[2:]
-    assert len(batches) == 5
-    batches.set_epoch(2)
-    assert len(list(batches)) == 5
 
 
 @pytest.mark.filterwarnings("ignore:.*will create 4 worker processes.*")
@@ -157,27 +51,6 @@ def test_a_cache_reads_each_image_once(monkeypatch, on_device):
     assert sorted(read) == list(range(20))
 
 
-def test_the_device_gives_what_the_workers_would_give():
-    slow, fast = samples(), samples(on_device=True, cache=True)
-    wanted = [Key(2, index, 0) for index in range(20)]
-    expected, batch = slow.load(wanted), fast.load(wanted)
-    assert expected.images.dtype == torch.float32
-    assert batch.images.dtype == torch.uint8
-    torch.testing.assert_close(fast.finish(batch)[0], expected.images, rtol=0, atol=1e-6)
-
-
-def test_another_seed_epoch_sample_or_repeat_changes_otherwise():
-    def places(seed=1, epoch=0, repeat=0):
-        wanted = [Key(epoch, index, repeat) for index in range(20)]
-        return samples(on_device=True, seed=seed).load(wanted).places
-
-    plain = places()
-    assert torch.equal(places(), plain)
-    assert len(plain.unique(dim=0)) > 10
-    for other in (places(seed=2), places(epoch=1), places(repeat=1)):
-        assert (other != plain).any(1).sum() > 15
-
-
 def test_loading_leaves_torchs_generator_alone():
     before = torch.get_rng_state()
     data = ImageData(samples(mix=BatchMix(20, mixup=1.0)), samples(random=False), batch_size=8)
@@ -185,18 +58,6 @@ def test_loading_leaves_torchs_generator_alone():
         assert [data.train.finish(batch)[0].shape[0] for batch in loader] == [8, 8, 4]
     data.sample()
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_mixing_gives_soft_labels_that_differ_between_batches_and_processes():
-    data = samples(mix=BatchMix(20, mixup=1.0), random=False)
-    batches = [data.load(batch) for rank in range(2) for batch in keys(20, 5, rank=rank, world=2)]
-    assert len({batch.seed for batch in batches}) == 4
-    images, labels = data.finish(batches[0])
-    again, _ = data.finish(data.load(keys(20, 5, rank=0, world=2)[0]))
-    assert torch.equal(images, again)
-    assert not torch.equal(images, batches[0].images)
-    assert labels.shape == (5, 20)
-    torch.testing.assert_close(labels.sum(1), torch.ones(5))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -224,15 +85,6 @@ def test_skipped_images_are_counted_over_workers_and_both_sets(image_tree, worke
         assert sorted(labels.tolist()) == [0, 1, 2, 4, 4, 5, 6, 7, 8, 9]
     list(data.val_dataloader())
     assert data.skipped == [str(tree / "train/3/00.png"), str(tree / "val/7/00.png")]
-
-
-def test_images_of_several_sizes_cannot_be_cropped_on_the_device(image_tree):
-    tree = image_tree(per_class=1) / "train"
-    Image.new("RGB", (40, 30)).save(tree / "5" / "00.png")
-    augment = train_transform(32, *HALF, crop="pad", crop_scale=(1, 1), flip=True)
-    data = Samples(open_dataset("folder", str(tree), train=True), augment, on_device=True)
-    with pytest.raises(ConfigError, match=r"DATALOADER.ON_DEVICE .* of 32 x 32 and of 40 x 30: set it to false"):
-        data.load([Key(0, index, 0) for index in range(10)])
 
 
 def test_workers_persist_and_fetch_ahead_as_told():
