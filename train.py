@@ -10,9 +10,12 @@ import sys
 from typing import NoReturn
 
 from dropit.training.errors import ConfigError, UserError
-from dropit.training.run import modes
+from dropit.training.run.evaluate import evaluate
+from dropit.training.run.info import info
+from dropit.training.run.timing import time
+from dropit.training.run.train import train
 
-MODES = {"train": modes.train, "eval": modes.evaluate, "info": modes.info, "time": modes.time}
+MODES = {"train": train, "eval": evaluate, "info": info, "time": time}
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dropit
-from dropit.training.builders.model import build_classifier
+from dropit.training.builders.model import build_module
 from dropit.training.config.load import load
 
 ROOT = Path(__file__).parent.parent
@@ -30,8 +30,7 @@ def test_the_published_rows_and_the_digits_are_all_there():
 def test_it_builds_its_model_and_optimizer(path):
     cfg = load(path)
     with torch.device("meta"):
-        sample = (torch.empty(2, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE), torch.zeros(2, dtype=torch.long))
-        classifier = build_classifier(cfg, pretrained=False, sample=sample)
+        classifier = build_module(cfg, convert=cfg.MODEL.DROPIT)
     built = classifier.configure_optimizers()
     assert built["optimizer"].param_groups[0]["lr"] <= cfg.SOLVER.LR
     logits = classifier.eval()(torch.empty(2, 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE, device="meta"))

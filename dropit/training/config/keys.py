@@ -13,7 +13,7 @@ from dropit import COMPRESS, STRATEGIES, VALUE_DTYPES
 from dropit.training.data.datasets import DATASETS, UNREADABLE
 from dropit.training.data.transforms import AUTO_AUGMENTS, CROPS
 from dropit.training.model.architectures import ARCHS, STEMS, known_arch
-from dropit.training.solver.optimizer import NO_DECAY, OPTIMIZERS, SCHEDULES
+from dropit.training.solver.recipe import NO_DECAY, OPTIMIZERS, SCHEDULES
 
 
 @dataclass(frozen=True)

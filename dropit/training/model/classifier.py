@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from dropit.training.solver.optimizer import Recipe, build_optimizer, build_schedule
+from dropit.training.solver.optimizer import build_optimizer
+from dropit.training.solver.recipe import Recipe
+from dropit.training.solver.schedule import build_schedule
 
 Batch = tuple[Tensor, Tensor]
 

@@ -1,17 +1,36 @@
-"""What a training step would compute and hold, told without taking it."""
+"""python train.py --mode info: what a training step computes and saves for backward, predicted from shapes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from dropit import coverage, estimate_cache
+from dropit.training.builders.conversion import convert_layers
+from dropit.training.builders.machine import batch_size
+from dropit.training.builders.model import build_network, optimizer_slots
+from dropit.training.errors import ConfigError
+from dropit.training.model.sizes import build_on_meta, forward_flops, largest_transient, state_sizes
+from dropit.training.run.start import read_config
 
 MIB = 2**20
+
+
+def info(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Print what a step of one process would compute and save for backward, without taking it."""
+    if resume:
+        raise ConfigError("--resume is for --mode train")
+    cfg = read_config(cfg_path, overrides)
+    describe(
+        f"{cfg.MODEL.ARCH} on {cfg.DATASET}",
+        lambda: build_network(cfg),
+        (lambda: convert_layers(build_network(cfg), cfg)) if cfg.MODEL.DROPIT else None,
+        (batch_size(cfg), 3, cfg.INPUT.SIZE, cfg.INPUT.SIZE),
+        optimizer_slots=optimizer_slots(cfg),
+        budget=int(cfg.DROPIT.BUDGET_MB * MIB) if cfg.MODEL.DROPIT else 0,
+    )
 
 
 def describe(
@@ -20,22 +39,23 @@ def describe(
     converted: Callable[[], nn.Module] | None,
     input_shape: Sequence[int],
     *,
-    moments: int,
+    optimizer_slots: int,
     budget: int = 0,
 ) -> None:
     """Print the model's size and work, its coverage, its cache and the memory that a step is predicted to need.
 
     ``plain`` and ``converted`` build the model; ``converted`` is None where nothing is dropped. ``input_shape``: of
-    one process's batch, (N, C, H, W). ``moments``: tensors that the optimizer keeps for each parameter. ``budget``:
-    bytes that the cache may have, if not 0; how they are spent is measured only when training starts.
+    one process's batch, (N, C, H, W). ``optimizer_slots``: tensors that the optimizer keeps for each parameter.
+    ``budget``: bytes that the cache may have, if not 0; how they are spent is measured only when training starts.
     """
-    plain_model = _on_meta(plain)
-    model = plain_model if converted is None else _on_meta(converted)
+    plain_model = build_on_meta(plain)
+    model = plain_model if converted is None else build_on_meta(converted)
     shape = " x ".join(map(str, input_shape))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"model        {title}, {parameters / 1e6:.2f} M parameters")
     print(f"input        {shape}, float32, on each process")
-    print(f"work         {_flops(model, input_shape) / 1e9:.2f} GFLOP per sample, forward; three times that in a step")
+    flops = forward_flops(model, input_shape)
+    print(f"work         {flops / 1e9:.2f} GFLOP per sample, forward; three times that in a step")
     if converted is not None:
         _print_coverage(model)
     if budget:
@@ -47,22 +67,7 @@ def describe(
     else:
         cache.show(estimate_cache(plain_model, input_shape))
     print()
-    _print_peak(model, input_shape, budget or cache.total_bytes, moments=moments)
-
-
-def state_sizes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of weights and buffers, and of the gradients that a step has."""
-    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return weights, sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """The model without its values, in training mode."""
-    try:
-        with torch.device("meta"):
-            return build().train()
-    except NotImplementedError:  # its first weights depend on values, as a RegNet's
-        return build().to("meta").train()
+    _print_peak(model, input_shape, budget or cache.total_bytes, optimizer_slots)
 
 
 def _print_coverage(model: nn.Module) -> None:
@@ -73,42 +78,16 @@ def _print_coverage(model: nn.Module) -> None:
         print(f"             {kind} x{count}: {reason}")
 
 
-def _flops(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Of one sample's forward pass; a multiplication and an addition are two."""
-    x = torch.empty((1, *input_shape[1:]), device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x)
-    model.train()
-    return int(counter.get_total_flops())
-
-
-def _print_peak(model: nn.Module, input_shape: Sequence[int], cache: int, *, moments: int) -> None:
+def _print_peak(model: nn.Module, input_shape: Sequence[int], cache: int, optimizer_slots: int) -> None:
     weights, gradients = state_sizes(model)
     parts = {
         "weights and buffers": weights,
         "gradients": gradients,
-        "optimizer state": moments * gradients,
+        "optimizer state": optimizer_slots * gradients,
         "cache": cache,
-        "largest transient": _largest_transient(model, input_shape),
+        "largest transient": largest_transient(model, input_shape),
     }
     print("predicted peak of a step, MiB")
     for name, nbytes in parts.items():
         print(f"  {name:20}{nbytes / MIB:10.1f}")
     print(f"  {'total':20}{sum(parts.values()) / MIB:10.1f}")
-
-
-def _largest_transient(model: nn.Module, input_shape: Sequence[int]) -> int:
-    """Bytes of what the backward pass of one layer has at a time: the rebuilt input and both gradients."""
-    sizes = [0]
-
-    def measure(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        if isinstance(output, Tensor) and args and isinstance(args[0], Tensor):
-            sizes.append(2 * args[0].nbytes + output.nbytes)
-
-    leaves = [module for module in model.modules() if not list(module.children())]
-    handles = [module.register_forward_hook(measure) for module in leaves]
-    with torch.no_grad():
-        model(torch.empty(tuple(input_shape), device="meta"))
-    for handle in handles:
-        handle.remove()
-    return max(sizes)

@@ -1,24 +1,52 @@
-"""Where the time of a training step goes: waiting for data, forward, backward, and the rest."""
+"""python train.py --mode time: where the time of a training step goes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
+
+from dropit.training.builders.data import build_data
+from dropit.training.builders.machine import autocast, batch_size, pick_accelerator
+from dropit.training.builders.model import build_module
+from dropit.training.errors import ConfigError
+from dropit.training.model.classifier import Batch, Classifier
+from dropit.training.run.start import start
 
 PARTS = ("waiting for data", "to the device", "forward", "backward", "optimizer")
 _WARM_UP = 3
+_STEPS = 20
 
-Finish = Callable[[Any], tuple[Tensor, Tensor]]
+
+def time(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Print where the time of a step of one process goes, and what the loader alone could do."""
+    if resume:
+        raise ConfigError("--resume is for --mode train")
+    cfg = start(cfg_path, overrides)
+    data = build_data(cfg)
+    loader = data.train_dataloader()
+    device = torch.device("cuda" if pick_accelerator(cfg) == "gpu" else "cpu")
+    steps, size = cfg.TRY_STEPS or _STEPS, batch_size(cfg)
+    print(f"{cfg.MODEL.ARCH} on {cfg.DATASET}: means of {steps} steps of {size} images, on {device}")
+    columns = {}
+    for name in ("plain", *(["DropIT"] if cfg.MODEL.DROPIT else [])):
+        convert = name == "DropIT"
+        sample = data.sample() if convert and cfg.DROPIT.BUDGET_MB else None
+        classifier = build_module(cfg, convert=convert, sample=sample).to(device).train()
+        columns[name] = time_steps(
+            classifier, loader, data.train.finish, device, steps=steps, precision=lambda: autocast(cfg)
+        )
+    print(as_table(columns, size))
+    alone = time_loading(loader, steps)
+    print(f"the loader alone gives {size / alone:.0f} images/s, {alone * 1e3:.1f} ms for a batch")
 
 
 class Stopwatch:
-    """Seconds by part; work on a GPU is waited for at the end of each."""
+    """Seconds by part; each part ends when the GPU has finished its work."""
 
     def __init__(self, device: torch.device) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
@@ -26,28 +54,27 @@ class Stopwatch:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add what runs inside to the part of this name."""
-        start = time.perf_counter()
+        """Add the time of what runs inside to the part of this name."""
+        start = perf_counter()
         yield
         self._wait()
-        self.seconds[name] += time.perf_counter() - start
+        self.seconds[name] += perf_counter() - start
 
 
 def time_steps(
-    model: nn.Module,
+    classifier: Classifier,
     loader: Iterable[Any],
-    finish: Finish,
-    criterion: Callable[[Tensor, Tensor], Tensor],
-    optimizer: Optimizer,
+    finish: Callable[[Any], Batch],
     device: torch.device,
     *,
     steps: int,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    precision: Callable[[], AbstractContextManager[Any]],
 ) -> dict[str, float]:
-    """Mean seconds of each of PARTS, over ``steps`` steps after a warm-up. ``finish`` makes a batch of what is loaded.
+    """Return the mean seconds of each of PARTS, over ``steps`` steps after a warm-up.
 
-    ``precision``: what the forward pass runs in.
+    ``finish`` makes a batch of what is loaded; ``precision`` is what the forward pass runs in.
     """
+    optimizer = classifier.configure_optimizers()["optimizer"]
     batches, watch = _endless(loader), Stopwatch(device)
     for step in range(_WARM_UP + steps):
         if step == _WARM_UP:
@@ -57,9 +84,9 @@ def time_steps(
         with watch.part("to the device"):
             images, labels = finish(_to(loaded, device))
         with watch.part("forward"), precision():
-            loss = criterion(model(images), labels)
+            loss = classifier.criterion(classifier(images), labels)
         with watch.part("backward"):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         with watch.part("optimizer"):
             optimizer.step()
             optimizer.zero_grad()
@@ -67,17 +94,17 @@ def time_steps(
 
 
 def time_loading(loader: Iterable[Any], batches: int) -> float:
-    """Seconds that the loader alone takes for a batch, with nothing to wait for it."""
+    """Return the seconds that the loader alone takes for a batch, while nothing else runs."""
     endless = _endless(loader)
     next(endless)
-    start = time.perf_counter()
+    start = perf_counter()
     for _ in range(batches):
         next(endless)
-    return (time.perf_counter() - start) / batches
+    return (perf_counter() - start) / batches
 
 
 def as_table(columns: dict[str, dict[str, float]], batch_size: int) -> str:
-    """Milliseconds by part, a column for each model, and what they come to."""
+    """Return milliseconds by part, a column for each model, and their totals."""
     lines = [("ms", *columns)]
     lines += [(part, *(f"{seconds[part] * 1e3:.1f}" for seconds in columns.values())) for part in PARTS]
     totals = [sum(seconds.values()) for seconds in columns.values()]

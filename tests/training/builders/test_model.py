@@ -10,7 +10,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import train
-from dropit.training.builders.model import build_averaging, build_classifier, build_data, build_trainer
+from dropit.training.builders.data import build_data
+from dropit.training.builders.model import build_module
+from dropit.training.builders.trainer import build_averaging, build_trainer
 from dropit.training.config.load import load
 
 PLAIN = ["MODEL.DROPIT", "false"]
@@ -34,7 +36,7 @@ def run(config):
     def run(*overrides, callbacks=()):
         cfg = load(config, ["SOLVER.MAX_EPOCHS", "1", "SOLVER.WARMUP_EPOCHS", "0", *overrides])
         data = build_data(cfg)
-        classifier = build_classifier(cfg, sample=data.sample())
+        classifier = build_module(cfg, convert=cfg.MODEL.DROPIT, pretrained=True)
         before = copy.deepcopy(classifier.model.state_dict())
         watch, trainer = Watch(), build_trainer(cfg)
         trainer.callbacks += [watch, *callbacks, *build_averaging(cfg)]

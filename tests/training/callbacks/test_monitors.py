@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dropit
 from dropit.training.callbacks.monitors import CacheMonitor, SpeedMonitor
 from dropit.training.model.classifier import Classifier
-from dropit.training.solver.optimizer import Recipe
+from dropit.training.solver.recipe import Recipe
 
 MIB = 2**20
 

@@ -8,7 +8,9 @@ import torch
 import torchvision
 from torch import nn
 
-from dropit.training.builders.model import build_classifier, build_data, build_trainer
+from dropit.training.builders.data import build_data
+from dropit.training.builders.model import build_module
+from dropit.training.builders.trainer import build_trainer
 from dropit.training.config.load import load
 from dropit.training.model.architectures import vit_tiny
 
@@ -89,7 +91,7 @@ def by_hand(cfg, rate, weight_decay, build):
 def by_trainer(cfg):
     losses, rates = [], []
     data = build_data(cfg)
-    classifier = build_classifier(cfg, sample=data.sample())
+    classifier = build_module(cfg, convert=False)
     step = classifier.training_step
 
     def noted(batch, batch_idx):
