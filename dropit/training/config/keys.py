@@ -224,7 +224,8 @@ _KEYS = (
     Key(
         "MODEL.PRETRAINED",
         "",
-        'Weights to start from: torchvision\'s name (IMAGENET1K_V1) or a local file; "" starts from scratch',
+        "Weights to start from: torchvision's or timm's name (IMAGENET1K_V1, a1_in1k) or a local file; "
+        '"" starts from scratch',
     ),
     Key("MODEL.DROPOUT", -1.0, "Dropout; -1 for the model's own", _RATE),
     Key("MODEL.ATTENTION_DROPOUT", -1.0, "Dropout of attention's weights; -1 for the model's own", _RATE),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -72,7 +73,7 @@ class LoadReport:
 
 
 def load_pretrained(model: nn.Module, source: str, arch: str) -> LoadReport:
-    """Load weights by torchvision's name or from a local file, all but a classifier of another size.
+    """Load weights by torchvision's or timm's name or from a local file, all but a classifier of another size.
 
     Names of timm's ViTs, of transformers' older versions and of wrappers (DDP, compile, Lightning) become the model's;
     position embeddings are resized. Raises ConfigError for weights of another model, SetupError for an unusable file.
@@ -94,26 +95,49 @@ def load_pretrained(model: nn.Module, source: str, arch: str) -> LoadReport:
 
 
 def _find(source: str, arch: str) -> tuple[Weights, str]:
-    """The weights, and the part of the file that they are."""
-    enum = tv.get_model_weights(arch) if arch in ARCHS and arch not in TINY else None
-    if enum is not None and source in enum.__members__:
-        return _download(enum[source]), ""
+    """Return the weights, and the part of the file that they are."""
+    published = _published(arch)
+    if source in published:
+        return _download(published[source], source), ""
     path = Path(source)
     if path.exists():
         return find_weights(read_file(path, "MODEL.PRETRAINED"), source)
-    names = [weights.name for weights in enum] if enum is not None else []
+    names = [name for name in published if name != "DEFAULT"]
     known = f"one of {', '.join(names)} or " if names else ""
     near = suggest(source, names) or nearest_file(path)
     raise ConfigError(f"MODEL.PRETRAINED must be {known}a local file, got {source!r}{near}")
 
 
-def _download(weights: tv.WeightsEnum) -> Weights:
+def _published(arch: str) -> dict[str, Callable[[], Mapping[str, Any]]]:
+    """Return what downloads the weights that the model's library publishes, by their names there."""
+    if arch.startswith("timm/"):
+        name = arch.removeprefix("timm/").partition(".")[0]
+        return {full.removeprefix(f"{name}."): partial(_timm_weights, full) for full in _timm_names(name)}
+    if arch not in ARCHS or arch in TINY:
+        return {}
+    known = tv.get_model_weights(arch).__members__
+    return {name: partial(weights.get_state_dict, progress=True, check_hash=True) for name, weights in known.items()}
+
+
+def _timm_names(name: str) -> list[str]:
+    import timm
+
+    return timm.list_pretrained(f"{name}.*")  # type: ignore[no-any-return]
+
+
+def _timm_weights(name: str) -> Mapping[str, Any]:
+    import timm
+
+    return timm.create_model(name, pretrained=True).state_dict()  # type: ignore[no-any-return]
+
+
+def _download(fetch: Callable[[], Mapping[str, Any]], name: str) -> Weights:
     try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
+        return dict(fetch())
     except (URLError, OSError, RuntimeError) as error:
         raise SetupError(
-            f"MODEL.PRETRAINED {weights.name} could not be downloaded ({error}); give a local file, or '' to start "
-            "from scratch"
+            f"MODEL.PRETRAINED {name} could not be downloaded ({' '.join(str(error).split())}); give a local file, or "
+            "'' to start from scratch"
         ) from error
 
 

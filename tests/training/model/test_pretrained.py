@@ -254,3 +254,26 @@ def test_weights_that_cannot_be_downloaded_are_a_setup_error(monkeypatch):
     monkeypatch.setattr("os.makedirs", lambda *args, **kwargs: None)
     with torch.device("meta"), pytest.raises(SetupError, match=r"IMAGENET1K_V1 could not be downloaded"):
         load_pretrained(build_model("vit_b_16", 1000), "IMAGENET1K_V1", "vit_b_16")
+
+
+def test_weights_by_timms_name_come_from_timm(monkeypatch):
+    """All that would be downloaded is a file, which timm's own loader reads."""
+    published = timm.create_model("test_vit", num_classes=1000).state_dict()
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(published))
+    into = build_model("timm/test_vit", 7, 160)
+    report = load_pretrained(into, "r160_in1k", "timm/test_vit")
+    assert torch.equal(into.blocks[0].attn.qkv.weight, published["blocks.0.attn.qkv.weight"])
+    assert report.missing == ("head.weight", "head.bias")
+    assert str(report).startswith(f"r160_in1k: {len(published) - 2} tensors loaded")
+
+
+def test_a_name_that_timm_does_not_know_lists_its_own():
+    with pytest.raises(ConfigError, match=r"one of r160_in1k or a local file, got 'r160'; did you mean r160_in1k"):
+        load_pretrained(build_model("timm/test_vit", 7, 160), "r160", "timm/test_vit")
+
+
+def test_timms_weights_that_cannot_be_downloaded_are_a_setup_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(SetupError, match=r"r160_in1k could not be downloaded \(.*\); give a local file"):
+        load_pretrained(build_model("timm/test_vit", 7, 160), "r160_in1k", "timm/test_vit")
