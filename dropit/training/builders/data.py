@@ -23,7 +23,6 @@ def build_data(cfg: CfgNode) -> ImageData:
         Samples(val, evaluate, **options),
         batch_size=batch_size(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        prefetch=cfg.DATALOADER.PREFETCH,
         repeats=cfg.TRAIN.REPEATS,
     )
 

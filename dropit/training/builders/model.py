@@ -77,7 +77,6 @@ def build_recipe(cfg: CfgNode) -> Recipe:
         max_epochs=solver.MAX_EPOCHS,
         optimizer=solver.OPTIMIZER,
         momentum=solver.MOMENTUM,
-        nesterov=solver.NESTEROV,
         betas=tuple(solver.BETAS),
         weight_decay=solver.WEIGHT_DECAY,
         no_decay=tuple(solver.NO_DECAY),

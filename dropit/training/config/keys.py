@@ -76,7 +76,6 @@ _FILES = Need("with DATASET fake", lambda cfg: cfg.DATASET != "fake")
 _FOLDER = Need("without TRAIN.PATH or VAL.PATH", lambda cfg: bool(cfg.TRAIN.PATH or cfg.VAL.PATH))
 _RESIZED = Need("without TRAIN.CROP random_resized", lambda cfg: cfg.TRAIN.CROP == "random_resized")
 _RANDAUGMENT = Need("without TRAIN.AUTO_AUGMENT randaugment", lambda cfg: cfg.TRAIN.AUTO_AUGMENT == "randaugment")
-_WORKERS = Need("without DATALOADER.NUM_WORKERS", lambda cfg: cfg.DATALOADER.NUM_WORKERS > 0)
 _DROPIT = Need("without MODEL.DROPIT true", lambda cfg: cfg.MODEL.DROPIT)
 _DROPS = Need("without a DROPIT.GAMMA above 0", lambda cfg: cfg.DROPIT.GAMMA > 0 or cfg.DROPIT.BUDGET_MB > 0)
 _FASTMINK = Need("without DROPIT.STRATEGY fastmink", lambda cfg: cfg.DROPIT.STRATEGY == "fastmink")
@@ -286,7 +285,6 @@ _KEYS = (
     ),
     Key("DROPIT.SKIP", [], "Names of layers to leave plain; * matches any part of a name", needs=(_DROPIT,)),
     Key("DATALOADER.NUM_WORKERS", 4, "Processes that load images, for each training process", _NOT_NEGATIVE),
-    Key("DATALOADER.PREFETCH", 2, "Batches that each of them loads ahead", _POSITIVE, (_WORKERS,)),
     Key("DATALOADER.CACHE", False, "Keep the decoded images in memory, in uint8; they must be of one size"),
     Key("DATALOADER.ON_DEVICE", False, "Crop by pad, flip and normalize whole batches on the device"),
     Key(
@@ -301,7 +299,6 @@ _KEYS = (
     Key("SOLVER.OPTIMIZER", "sgd", "sgd or adamw", _one_of(OPTIMIZERS)),
     Key("SOLVER.LR", 0.1, "Learning rate", _ABOVE_0),
     Key("SOLVER.MOMENTUM", 0.9, "Momentum of sgd", _FRACTION, (_SGD,)),
-    Key("SOLVER.NESTEROV", False, "Nesterov's momentum, of sgd", needs=(_SGD,)),
     Key("SOLVER.BETAS", [0.9, 0.999], "Decays of adamw's two averages", _BETAS, (_ADAMW,)),
     Key(
         "SOLVER.WEIGHT_DECAY",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -56,13 +56,12 @@ class ImageData(LightningDataModule):
         *,
         batch_size: int,
         num_workers: int = 0,
-        prefetch: int = 2,
         repeats: int = 1,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.repeats = batch_size, repeats
-        self.num_workers, self.prefetch = num_workers, prefetch
+        self.num_workers = num_workers
 
     def steps_per_epoch(self, processes: int) -> int:
         """Training steps in an epoch, when the samples are shared between so many processes."""
@@ -98,7 +97,6 @@ class ImageData(LightningDataModule):
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device.type
-        options: dict[str, Any] = {"persistent_workers": True, "prefetch_factor": self.prefetch}
         repeats = self.repeats if train else 1
         return Loader(
             samples,
@@ -107,5 +105,5 @@ class ImageData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=device == "cuda",
             generator=torch.Generator(),  # or it would draw from torch's own, for seeds that nobody uses
-            **(options if self.num_workers else {}),
+            persistent_workers=self.num_workers > 0,
         )

@@ -15,13 +15,12 @@ NO_DECAY = ("norm", "bias", "position")
 
 @dataclass(frozen=True)
 class Recipe:
-    """The optimizer and its schedule, in epochs; raises ConfigError for values that exclude each other."""
+    """The optimizer and its schedule, in epochs; raises ConfigError for a least rate above the rate."""
 
     lr: float
     max_epochs: int
     optimizer: str = "sgd"  # of OPTIMIZERS
     momentum: float = 0.9  # of sgd
-    nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)  # of adamw
     weight_decay: float = 0.0
     no_decay: tuple[str, ...] = ()  # of NO_DECAY
@@ -34,10 +33,5 @@ class Recipe:
     warmup_factor: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
-            raise ConfigError(
-                "SOLVER.NESTEROV needs SOLVER.OPTIMIZER sgd and SOLVER.MOMENTUM above 0, got "
-                f"{self.optimizer} and {self.momentum:g}"
-            )
         if self.min_lr > self.lr:
             raise ConfigError(f"SOLVER.MIN_LR must be at most SOLVER.LR ({self.lr:g}), got {self.min_lr:g}")

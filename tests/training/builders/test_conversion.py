@@ -5,8 +5,10 @@ import pytest
 
 import dropit
 import train
+from dropit.training.builders.data import build_data
 from dropit.training.builders.model import build_module
 from dropit.training.config.load import load
+from dropit.training.errors import ConfigError
 from tests.training.outcome import events, failure, scalars
 
 
@@ -31,7 +33,34 @@ def test_a_budget_is_kept_and_a_probe_compares(config, capsys, recwarn):
 def test_a_budget_that_cannot_be_met_is_one_line(config, capsys):
     code, line = failure(capsys, "--cfg", config, "DROPIT.BUDGET_MB", "0.1")
     assert code == 2
-    assert "DROPIT.BUDGET_MB: budget of 0.1 MiB cannot be met: the least that this model holds is" in line
+    assert "DROPIT.BUDGET_MB: budget of 0.1 MiB cannot be met" in line
+
+
+@pytest.fixture
+def cache(config):
+    """MiB that a batch of the converted model saves for backward."""
+
+    def cache(*overrides):
+        cfg = load(config, [*overrides, "ACCELERATOR", "cpu"])
+        images, labels = build_data(cfg).sample()
+        classifier = build_module(cfg, convert=True, sample=(images, labels)).train()
+        with dropit.CacheMeter(classifier.model) as meter:
+            loss = classifier.criterion(classifier(images), labels)
+        del loss
+        return meter.total_bytes / 2**20
+
+    return cache
+
+
+def test_a_budget_chooses_within_the_range_of_gammas(cache):
+    roomy = ["DROPIT.BUDGET_MB", "100"]
+    assert cache(*roomy, "DROPIT.GAMMA_MIN", "0.8") < 0.8 * cache(*roomy)
+    with pytest.raises(ConfigError, match=r"DROPIT.BUDGET_MB: .* 0.8 and 0.7"):
+        cache(*roomy, "DROPIT.GAMMA_MIN", "0.8", "DROPIT.GAMMA_MAX", "0.7")
+
+
+def test_kept_values_are_stored_in_their_dtype(cache):
+    assert cache("DROPIT.VALUE_DTYPE", "bf16") < cache() - 0.1
 
 
 def test_a_budget_without_the_batch_that_it_is_for_is_an_error(config):

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import train
 from dropit.training.builders.data import build_data
-from dropit.training.builders.model import build_module
+from dropit.training.builders.model import build_module, build_network
 from dropit.training.builders.trainer import build_averaging, build_trainer
 from dropit.training.config.load import load
 
@@ -209,6 +209,12 @@ def test_augmentations_change_what_is_seen(config):
     assert not torch.equal(
         first("TRAIN.AUTO_AUGMENT", "randaugment", "TRAIN.MAGNITUDE", "30"), first("TRAIN.AUTO_AUGMENT", "randaugment")
     )
+
+
+def test_rates_of_dropout_reach_the_model(config):
+    rates = ["MODEL.DROPOUT", "0.2", "MODEL.ATTENTION_DROPOUT", "0.1"]
+    block = build_network(load(config, rates)).encoder.layers[0]
+    assert (block.dropout.p, block.self_attention.dropout) == (0.2, 0.1)
 
 
 def test_a_model_of_another_library_trains(run):

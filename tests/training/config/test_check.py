@@ -31,7 +31,6 @@ def lines(tmp_path):
         (["TRAIN.CROP_SCALE", "0.5,1"], "without TRAIN.CROP random_resized", ["TRAIN.CROP", "random_resized"]),
         (["TRAIN.PATH", "images"], "with DATASET fake", ["DATASET", "folder"]),
         (["DATALOADER.UNREADABLE", "skip"], "without TRAIN.PATH or VAL.PATH", ["TRAIN.PATH", "images"]),
-        (["DATALOADER.PREFETCH", "3"], "without DATALOADER.NUM_WORKERS", ["DATALOADER.NUM_WORKERS", "1"]),
         (["PARALLEL", "fsdp"], "in a single process", ["NUM_GPUS", "2"]),
     ],
 )
@@ -44,7 +43,6 @@ def test_a_key_without_an_effect_is_named_with_the_reason(lines, ignored, otherw
         "without SOLVER.OPTIMIZER sgd": ["SOLVER.OPTIMIZER", "adamw"],
         "without SOLVER.SCHEDULE multistep": ["SOLVER.SCHEDULE", "cosine"],
         "with DATASET fake": ["DATASET", "fake"],
-        "without DATALOADER.NUM_WORKERS": ["DATALOADER.NUM_WORKERS", "0"],
     }.get(otherwise, [])
     (line,) = lines(*without, *ignored)
     assert line.startswith(f"{ignored[0]} ")

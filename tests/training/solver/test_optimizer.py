@@ -73,13 +73,6 @@ def test_adamw_trains_as_torchs_own():
     )
 
 
-def test_nesterov_trains_as_torchs_own():
-    recipe = Recipe(0.05, 30, nesterov=True, momentum=0.8)
-    same_training(
-        recipe, lambda m: torch.optim.SGD(m.parameters(), lr=1.0, momentum=0.8, nesterov=True), lambda epoch: 0.05
-    )
-
-
 def test_a_decay_that_leaves_out_kinds_trains_as_groups_by_hand():
     recipe = Recipe(1e-2, 30, optimizer="adamw", weight_decay=0.5, no_decay=("norm", "bias"))
 
