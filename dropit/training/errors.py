@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what it is and what would be right."""
+    """An error that the user can fix: the message names what is wrong and what would be right."""
 
     exit_code = 1
 

@@ -17,26 +17,26 @@ from dropit.training.errors import SetupError, UserError
 
 
 def started_processes() -> int | None:
-    """How many processes torchrun or srun started together with this one; None where neither did."""
+    """Return how many processes torchrun or srun started, this one included; None if neither did."""
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment().world_size()
     return int(os.environ["SLURM_NTASKS"]) if SLURMEnvironment.detect() and "SLURM_NTASKS" in os.environ else None
 
 
 def take_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
-    """Those that this process started. Lightning, which would kill this one when one of them ends, lets go of them."""
+    """Return the processes that this one started, and remove them from Lightning, which kills this one if one ends."""
     launcher = trainer.strategy.launcher
     if not isinstance(launcher, _SubprocessScriptLauncher):
         return []
     taken = list(launcher.procs)
-    launcher.procs.clear()  # which its observer looks at
+    launcher.procs.clear()  # its observer watches this list
     return taken
 
 
 def end_others(trainer: Trainer, error: Exception) -> None:
-    """End the processes that this one started: they would wait for it, on GPUs for half an hour.
+    """End the processes that this one started, which would wait for it, on GPUs for half an hour.
 
-    Where it fails because one of them did, that is what there is to say. Raises SetupError or SystemExit then.
+    Raises SetupError or SystemExit if one of them failed first: then that is the error to report.
     """
     others = take_processes(trainer)
     deadline = monotonic() + (0 if isinstance(error, UserError) else 1)
@@ -52,4 +52,4 @@ def end_others(trainer: Trainer, error: Exception) -> None:
                 f"process {rank} of {trainer.world_size} was ended by {signal.Signals(-code).name}"
             ) from error
     if any(ended.values()):
-        raise SystemExit(max(ended.values())) from error  # it has said why
+        raise SystemExit(max(ended.values())) from error  # it has printed why

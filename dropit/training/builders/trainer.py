@@ -111,12 +111,12 @@ def _cache_monitor(cfg: CfgNode) -> CacheMonitor:
 
 
 def build_averaging(cfg: CfgNode) -> list[Callback]:
-    """Return the moving average of the weights, if there is to be one."""
+    """Return the callback that averages the weights, if SOLVER.EMA is set."""
     return [EMAWeightAveraging(decay=cfg.SOLVER.EMA)] if cfg.SOLVER.EMA else []
 
 
 def _hparams(cfg: CfgNode) -> dict[str, Any]:
-    """Return five, as TensorBoard's table shows no more by itself."""
+    """Return five: TensorBoard's table shows no more by default."""
     dropping = cfg.MODEL.DROPIT
     return {
         "dataset": cfg.DATASET,

@@ -15,14 +15,14 @@ from dropit.training.errors import UserError
 
 
 class DivergedError(UserError):
-    """The loss, or a weight, is infinite or no number: going on would train nothing."""
+    """The loss or a weight is not finite: further steps would train nothing."""
 
 
 class FiniteLoss(Callback):
-    """Ends a run whose loss is infinite or no number, and writes no checkpoint whose weights are not finite.
+    """Ends a run whose loss is not finite, and writes no checkpoint whose weights are not finite.
 
-    The loss is looked at a step later, when it has been computed anyway, so that no GPU waits. ``last`` says
-    where the run's checkpoints are.
+    The loss is checked one step later, when it has been computed anyway, so that no GPU waits. ``last``: the callback
+    that knows where the run's checkpoints are.
     """
 
     def __init__(self, last: ModelCheckpoint) -> None:
@@ -34,7 +34,7 @@ class FiniteLoss(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the loss of the step before; keep this one's, of all processes together."""
+        """Check the loss of the step before; remember this one's mean over all processes."""
         self._check(trainer)
         loss: Tensor = trainer.strategy.reduce(outputs["loss"].detach().clone(), reduce_op="mean")  # type: ignore[assignment]
         self._loss = loss.to("cpu", non_blocking=True)
@@ -47,15 +47,15 @@ class FiniteLoss(Callback):
         )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look at the last step's, too."""
+        """Check the loss of the last step."""
         self._check(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Before it is spent on an evaluation."""
+        """Check the loss before time is spent on an evaluation."""
         self._check(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise instead of writing what cannot be gone on from."""
+        """Raise instead of writing weights that training cannot continue from."""
         self._check(trainer)
         if not trainer.strategy.reduce_boolean_decision(_is_finite(pl_module)):
             self._stop(trainer, f"a weight is no longer a finite number after {self._step}")
@@ -68,7 +68,7 @@ class FiniteLoss(Callback):
 
     def _stop(self, trainer: Trainer, what: str) -> None:
         self._loss = None
-        if not trainer.is_global_zero:  # one process speaks for all
+        if not trainer.is_global_zero:  # one process reports for all
             raise SystemExit(0)
         directory = Path(self._last.dirpath or ".")
         kept = sorted(directory.glob("*.ckpt"))
@@ -77,7 +77,7 @@ class FiniteLoss(Callback):
 
 
 def _is_finite(module: nn.Module) -> bool:
-    """Whether all parameters are, as far as this process has them."""
+    """Return whether all parameters are finite, as far as this process has them."""
     parts = (parameter.detach() for parameter in module.parameters())
     local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
     return all(bool(part.isfinite().all()) for part in local)

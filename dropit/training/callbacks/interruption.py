@@ -1,4 +1,4 @@
-"""End a run that a signal asks to stop, with a checkpoint."""
+"""Stop a run on a signal, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dropit.training.processes import take_processes
 
 
 class Interruption(SystemExit):
-    """A run that was asked to stop, and did; the exit code is the shell's for the signal."""
+    """Raised when a run has stopped on a signal; the exit code is the shell's for that signal."""
 
     def __init__(self, signum: int, saved: Path | None) -> None:
         super().__init__(128 + signum)
@@ -23,12 +23,13 @@ class Interruption(SystemExit):
 
 
 class Interruptions(Callback):
-    """Ends a run that SIGTERM or SIGINT asks to stop: after the batch at hand, with a checkpoint of that moment.
+    """Stops a run on SIGTERM or SIGINT: after the current batch, with a checkpoint.
 
-    A second signal ends it at once. ``last``: where the run's last.ckpt goes, if anywhere.
+    A second signal ends the process at once. ``last``: the callback that knows the path of last.ckpt; None to write
+    no checkpoint.
     """
 
-    EVERY = 10  # steps, after which several processes ask each other
+    EVERY = 10  # steps from one exchange between several processes to the next
 
     def __init__(self, last: ModelCheckpoint | None) -> None:
         self._last = last
@@ -36,18 +37,18 @@ class Interruptions(Callback):
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the signals from Lightning, which would end a run without a word, and with exit code 0."""
+        """Replace Lightning's signal handlers, which would end the run silently, with exit code 0."""
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here, if asked to; not between the batches that accumulate to one step."""
+        """Stop if a signal has come; not between the batches that accumulate to one step."""
         step, within = divmod(batch_idx + 1, trainer.accumulate_grad_batches)
         if within and not trainer.is_last_batch:
             return
-        if signum := self._asked(trainer, now=step % self.EVERY == 0 or trainer.is_last_batch):
+        if signum := self._signal(trainer, now=step % self.EVERY == 0 or trainer.is_last_batch):
             self._stop(trainer, signum)
 
     def on_validation_batch_end(
@@ -59,22 +60,22 @@ class Interruptions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Or in an evaluation, with the weights that training had before it."""
-        if signum := self._asked(trainer, now=batch_idx % self.EVERY == 0):
+        """Stop in an evaluation, with the weights that training had before it."""
+        if signum := self._signal(trainer, now=batch_idx % self.EVERY == 0):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):  # it evaluates its average in the model's place
+                if isinstance(callback, WeightAveraging):  # the model has the average's weights during an evaluation
                     callback.on_validation_epoch_end(trainer, pl_module)
             self._stop(trainer, signum)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """As at the end, which Lightning does not come to."""
+        """Restore the signal handlers: Lightning calls no teardown here."""
         self._restore()
 
-    def _note(self, signum: int, frame: Any) -> None:
+    def _remember(self, signum: int, frame: Any) -> None:
         self._signum = signum
         for number in self._before:
             signal.signal(number, signal.SIG_DFL)
@@ -84,8 +85,8 @@ class Interruptions(Callback):
             signal.signal(number, handler)
         self._before = {}
 
-    def _asked(self, trainer: Trainer, *, now: bool) -> int:
-        """The signal that one of the processes got, if any; several ask each other, but only ``now``."""
+    def _signal(self, trainer: Trainer, *, now: bool) -> int:
+        """Return the signal that any process got, or 0; several processes exchange it only if ``now``."""
         if trainer.world_size == 1:
             return self._signum
         if not now:

@@ -1,4 +1,4 @@
-"""What a run measures beside accuracy, and what it leaves in TensorBoard."""
+"""What a run measures besides accuracy, and what it writes to TensorBoard."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ MIB = 2**20
 
 
 class CacheMonitor(dropit.CacheMonitor):
-    """The library's, for several processes: dropit/cache_max_mb is the most that one of them holds, and
-    dropit/cache_mb_process_N what each does.
+    """The library's CacheMonitor, for several processes: logs the cache of each as dropit/cache_mb_process_N, and the
+    largest as dropit/cache_max_mb.
 
-    ``estimate``: bytes that the plain model would hold for images of a shape, where that cannot be measured.
+    ``estimate``: returns the plain model's cache in bytes for images of a shape, where it cannot be measured.
     """
 
     def __init__(self, estimate: Callable[[Sequence[int]], int] | None = None) -> None:
@@ -27,13 +27,13 @@ class CacheMonitor(dropit.CacheMonitor):
         self._estimate = estimate
 
     def measure_dense(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> float:
-        """MiB; measured, but where there is an estimate."""
+        """Return the plain model's cache in MiB: the estimate, if there is one, or a measurement."""
         if self._estimate is None:
             return super().measure_dense(trainer, pl_module, batch, batch_idx)
         return self._estimate(batch[0].shape) / MIB
 
     def log_cache(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of this process and, where there are others, of all."""
+        """Log the cache of this process and, if there are others, of each."""
         super().log_cache(trainer, pl_module)
         if trainer.world_size == 1:
             return
@@ -53,7 +53,7 @@ class SpeedMonitor(Callback):
         self._start = 0.0
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and memory's peak anew."""
+        """Reset the clock and the peak of memory."""
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self._samples = 0
@@ -62,7 +62,7 @@ class SpeedMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; stop the clock at the last batch, before validation."""
+        """Count samples; stop the clock at the last batch, before validation."""
         self._samples += len(batch[0]) * trainer.world_size
         if not trainer.is_last_batch:
             return
@@ -78,18 +78,18 @@ class SpeedMonitor(Callback):
 
     @property
     def measured(self) -> bool:
-        """Whether an epoch has ended."""
+        """Return whether an epoch has ended."""
         return bool(self._epochs)
 
     @property
     def step_seconds(self) -> float:
-        """Mean time of a step, data loading included; without the first epoch, which warms up, if there are others."""
+        """Return the mean time of a step with data loading; without the first epoch, a warm-up, if there are others."""
         epochs = self._epochs[1:] or self._epochs
         return sum(epochs) / len(epochs)
 
 
 class Dashboard(Callback):
-    """TensorBoard's custom-scalars page, accuracy beside cache, and its hparams page, one row a run."""
+    """Fills TensorBoard's custom-scalars page, accuracy beside cache, and its hparams page, one row a run."""
 
     PAGE = {  # noqa: RUF012
         "DropIT": {
@@ -102,12 +102,12 @@ class Dashboard(Callback):
         self._hparams = hparams
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out the page."""
+        """Write the layout of the custom-scalars page."""
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             trainer.logger.experiment.add_custom_scalars(self.PAGE)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the row: what was chosen and what came out."""
+        """Write the row of hparams: the settings and the final metrics."""
         if isinstance(trainer.logger, TensorBoardLogger):
             wanted = ("val/acc1", "dropit/cache_mb")
             metrics = {tag: trainer.callback_metrics[tag] for tag in wanted if tag in trainer.callback_metrics}
@@ -115,10 +115,10 @@ class Dashboard(Callback):
 
 
 class EpochLines(Callback):
-    """One line an epoch, for a log file, where a progress bar would be noise."""
+    """Prints one line an epoch, for log files, in which a progress bar is noise."""
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the newest of all that the progress bar would show."""
+        """Print the newest values of what the progress bar would show."""
         if trainer.is_global_zero:
             metrics = ", ".join(f"{tag} {value:.4g}" for tag, value in trainer.progress_bar_metrics.items())
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}: {metrics}", flush=True)

@@ -1,4 +1,4 @@
-"""How far the gradients of the dropping layers are from the exact ones, on sampled steps."""
+"""Compare the gradients of the dropping layers with the exact ones, on sampled steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dropit import PackedInputLayer, from_dropit
 
 
 class GradientProbe(Callback):
-    """Every ``every`` steps, takes the step's gradients exactly as well, in a plain copy of the model, and compares.
+    """Computes the exact gradients of every ``every``-th step in a plain copy of the model, and compares.
 
     Logs histograms over the layers' weights, probe/cosine and probe/relative_error, with the worst of each as
     probe/worst_cosine and probe/worst_relative_error, and the name of the worst weight as text. A probed step takes
@@ -29,7 +29,7 @@ class GradientProbe(Callback):
         self._exact: dict[str, Tensor] = {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """The exact gradients, with the random numbers that the step itself will draw."""
+        """Compute the exact gradients, with the random numbers that the step itself will draw."""
         if trainer.global_step % self.every:
             return
         images, labels = batch
@@ -41,11 +41,11 @@ class GradientProbe(Callback):
         self._exact = {
             name: trainer.strategy.reduce(parameter.grad, reduce_op="mean")  # type: ignore[misc]
             for name, parameter in plain.named_parameters()
-            if name in dropping and parameter.grad is not None and parameter.grad.any()  # not before a head of zeros
+            if name in dropping and parameter.grad is not None and parameter.grad.any()  # all 0 before a head of zeros
         }
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Compare with what the step came to."""
+        """Compare the step's gradients with the exact ones, and log."""
         if not self._exact:
             return
         ours = dict(pl_module.model.named_parameters())  # type: ignore[operator, arg-type, union-attr]
@@ -66,7 +66,7 @@ class GradientProbe(Callback):
 
 @contextmanager
 def _plain_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Module]:
-    """A copy of the model that drops nothing, to run in the trainer's precision; it draws the next step's numbers."""
+    """Yield a plain copy of the model, in the trainer's precision; random states are restored afterwards."""
     plain = from_dropit(copy.deepcopy(pl_module.model))  # type: ignore[arg-type]
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
     with torch.random.fork_rng(devices), trainer.precision_plugin.forward_context():
@@ -74,7 +74,7 @@ def _plain_copy(trainer: Trainer, pl_module: LightningModule) -> Iterator[nn.Mod
 
 
 def _weights(model: nn.Module) -> list[str]:
-    """The names of the parameters of dropping layers whose gradients dropping approximates."""
+    """Return the names of the parameters whose gradients dropping approximates."""
     return [
         f"{fqn}.{name}" if fqn else name
         for fqn, module in model.named_modules()

@@ -23,7 +23,7 @@ class Allowed:
     text: str
     fits: Callable[[Any], bool]
     choices: tuple[str, ...] = ()
-    names: Collection[str] = ()  # of which an error suggests the nearest
+    names: Collection[str] = ()  # an error suggests the nearest of them
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Key:
 
     @property
     def type(self) -> type:
-        """The type of the value, or of the elements of a list."""
+        """Return the type of the value, or of the elements of a list."""
         if not isinstance(self.default, list):
             return type(self.default)
         return type(self.default[0]) if self.default else self.element

@@ -18,7 +18,7 @@ from dropit.training.errors import ConfigError, suggest
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
-    """The config of a YAML file and of KEY VALUE (or KEY=VALUE) overrides, checked and frozen.
+    """Return the config of a YAML file and of KEY VALUE (or KEY=VALUE) overrides, checked and frozen.
 
     Raises ConfigError with one line that names the key, what was given, what would be right, and where.
     """
@@ -75,7 +75,7 @@ def _nearest_files(path: Path) -> str:
 
 
 def _entries(mapping: yaml.Node, place: Place) -> Iterator[tuple[str, yaml.Node, Place]]:
-    """Key, value and place of each entry; a key twice is an error."""
+    """Yield key, value and place of each entry; a key that is given twice is an error."""
     seen: dict[str, Place] = {}
     for key_node, node in mapping.value:
         here = place.at(key_node)
@@ -100,7 +100,7 @@ def _pairs(tokens: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _compose_override(key: str, text: str) -> yaml.Node:
-    """The node that the text would be in a file; a list may come without its brackets."""
+    """Return the node that the text would be in a file; a list may come without its brackets."""
     if not text.lstrip().startswith(("[", "{")):
         return yaml.ScalarNode("tag:yaml.org,2002:str", text)
     try:

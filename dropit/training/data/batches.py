@@ -16,10 +16,10 @@ Place = tuple[int, int, int]  # top and left of a crop, from the padded image's 
 
 
 class DeviceTransform:
-    """An ImageTransform in two parts: ``pixels`` and ``place`` of each image, and a call for the batch, on its device.
+    """An ImageTransform in two parts: ``pixels`` and ``place`` for each image, and a call for the batch on its device.
 
-    The batch is padded, cropped, flipped and normalized at once, with the numbers that each image's own steps would
-    have drawn. Where there are other random steps, all of them are taken image by image, and the batch is normalized.
+    The batch is padded, cropped, flipped and normalized at once, with the random numbers that the transform would have
+    drawn for each image. With other random steps, all are applied image by image, and the batch is only normalized.
     """
 
     def __init__(self, transform: ImageTransform) -> None:
@@ -33,12 +33,12 @@ class DeviceTransform:
         self.flip = next((step for step in late if isinstance(step, v2.RandomHorizontalFlip)), None)
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """The image as it travels, (3, H, W) uint8."""
+        """Return the image as the loader transfers it, (3, H, W) uint8."""
         pixels: Tensor = F.pil_to_tensor(apply(self.early, image))
         return pixels
 
     def place(self, pixels: Tensor) -> Place:
-        """Where the image is to be cropped, and whether it is to be flipped."""
+        """Draw where the image is cropped and whether it is flipped."""
         top = left = flipped = 0
         if self.crop:
             params = self.crop.make_params([pixels])
@@ -48,7 +48,7 @@ class DeviceTransform:
         return top, left, flipped
 
     def __call__(self, pixels: Tensor, places: Tensor) -> Tensor:
-        """Floats of (N, 3, H, W) uint8 pixels; ``places``: (N, 3), of each image's ``place``."""
+        """Return floats of (N, 3, H, W) uint8 pixels; ``places``: (N, 3), the ``place`` of each image."""
         if self.crop:
             pixels = crop_and_flip(pixels, places, self.crop.size[0], PADDING)
         elif self.flip:
@@ -57,7 +57,7 @@ class DeviceTransform:
 
 
 def crop_and_flip(images: Tensor, places: Tensor, size: int, padding: int) -> Tensor:
-    """Of each of (N, C, H, W) images, reflected by ``padding``, the square at its own place: ``places`` is (N, 3)."""
+    """Return the square of each (N, C, H, W) image, reflected by ``padding``, at its place; ``places``: (N, 3)."""
     top, left, flipped = places[:, :, None].unbind(1)  # (N, 1)
     steps = torch.arange(size, device=images.device)
     rows = _reflect(top + steps - padding, images.shape[2])  # (N, size)
@@ -69,13 +69,13 @@ def crop_and_flip(images: Tensor, places: Tensor, size: int, padding: int) -> Te
 
 
 def _reflect(places: Tensor, length: int) -> Tensor:
-    """Places outside of [0, length) mirrored at the first and the last."""
+    """Return indices with those outside of [0, length) mirrored at the first and the last."""
     last = length - 1
     return last - (last - places.abs()).abs()
 
 
 class BatchMix:
-    """MixUp, CutMix or, where both are given, one of them at random for each batch; 0 leaves one out."""
+    """Applies MixUp, CutMix or, if both alphas are above 0, one of them at random to each batch."""
 
     def __init__(self, num_classes: int, *, mixup: float = 0.0, cutmix: float = 0.0) -> None:
         kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
@@ -84,7 +84,7 @@ class BatchMix:
         )
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Mixed images and their soft labels, (N, num_classes), of class numbers (N,)."""
+        """Return mixed images and their soft labels, (N, num_classes); ``labels``: class numbers (N,)."""
         with own_generator() as generator:
             generator.manual_seed(seed)
             images, labels = self.mix(images, labels)

@@ -1,4 +1,4 @@
-"""The data sets: each gives an RGB image and the number of its class."""
+"""The data sets: each returns RGB images and the numbers of their classes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 class Source(Protocol):
-    """A data set as torchvision's are."""
+    """A data set with torchvision's interface."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Their names, in the order of their numbers."""
+        """Return their names, in the order of their numbers."""
 
     def __len__(self) -> int: ...
 
@@ -38,9 +38,9 @@ class Source(Protocol):
 def open_dataset(
     name: str, path: str, *, train: bool, size: int = 224, num_classes: int = 1000, unreadable: str = "fail"
 ) -> Source:
-    """The training or validation half of a data set; where ``path`` is given, that image folder.
+    """Return the training or validation half of a data set, or the image folder ``path`` if it is given.
 
-    ``size`` and ``num_classes`` are what fake makes; ``unreadable`` is what a folder does about such an image.
+    ``size`` and ``num_classes`` are those of fake; ``unreadable`` (of UNREADABLE) is for image folders.
     """
     if name == "fake":
         return Fake(train, size, num_classes)
@@ -54,7 +54,7 @@ def open_dataset(
 
 
 def check_classes(train: Source, val: Source, num_classes: int) -> None:
-    """Refuse folders whose classes differ, which would be numbered differently, or outnumber the model's."""
+    """Raise ConfigError for folders whose classes differ, or that have more classes than the model."""
     differing = sorted(set(train.classes) ^ set(val.classes))
     if differing:
         raise ConfigError(f"TRAIN.PATH and VAL.PATH differ in their classes: only one of them has {differing[0]!r}")
@@ -103,9 +103,9 @@ class Fake:
 
 
 class Folder(DatasetFolder):
-    """Images in a directory for each class; an unreadable one fails, or the next readable one stands in for it.
+    """Images in one directory a class; an unreadable one is an error or, with ``skip``, replaced by the next one.
 
-    ``unreadable``: (n,) bool, those found so; in shared memory, as the processes that load images find them.
+    ``unreadable``: (n,) bool, the images found unreadable; in shared memory, since loader processes find them.
     """
 
     def __init__(self, path: str, *, skip: bool = False) -> None:
@@ -119,7 +119,7 @@ class Folder(DatasetFolder):
             path, label = self.samples[place]
             try:
                 return read_image(path), label
-            except Exception as error:  # whatever Pillow's parsers raise: OSError, SyntaxError, struct.error, ...
+            except Exception as error:  # Pillow's parsers raise OSError, SyntaxError, struct.error, ...
                 if not self.skip:
                     reason = " ".join(str(error).split())
                     raise SetupError(
@@ -130,12 +130,12 @@ class Folder(DatasetFolder):
 
     @property
     def skipped(self) -> list[str]:
-        """The images that were left out so far."""
+        """Return the paths of the images that were left out so far."""
         return [self.samples[place][0] for place in self.unreadable.nonzero().flatten().tolist()]
 
 
 def read_image(path: str) -> Image.Image:
-    """The image in a file, in RGB; one of 16 bits is scaled to 8."""
+    """Return the image in a file, in RGB; 16 bits are scaled to 8."""
     with Image.open(path) as image:
         return (_scaled(image) if image.mode.startswith("I") else image).convert("RGB")
 
@@ -149,7 +149,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 class Cached:
     """Another data set, decoded once: images after the ``fixed`` steps, as one uint8 tensor (N, H, W, 3).
 
-    One tensor, since forked processes share its memory, and PyTorch shares it with others.
+    A single tensor, because loader processes share its memory.
     """
 
     def __init__(self, source: Source, fixed: Steps) -> None:
@@ -179,7 +179,7 @@ class Cached:
         return Image.fromarray(self.pixels[index].numpy()), self.labels[index]
 
     def tensor(self, index: int) -> tuple[Tensor, int]:
-        """The image as (3, H, W) uint8, without the way through Pillow, and its label."""
+        """Return the image as (3, H, W) uint8, without a conversion by Pillow, and its label."""
         return self.pixels[index].permute(2, 0, 1), self.labels[index]
 
 

@@ -16,7 +16,7 @@ from dropit.training.errors import ConfigError, UserError
 
 
 class Loader(DataLoader[Loaded | UserError]):
-    """A DataLoader that is resumed in mid-epoch, and raises a worker's error in its own one line.
+    """A DataLoader that can resume in mid-epoch, and raises a worker's error as it is, without the worker's traceback.
 
     Workers start with the first batch, as Lightning asks for an iterator before it tells the epoch.
     """
@@ -31,11 +31,11 @@ class Loader(DataLoader[Loaded | UserError]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where it is; Lightning keeps it in checkpoints."""
+        """Return the position in the epoch, which Lightning keeps in checkpoints."""
         return {"epoch": self.sampler.epoch, "taken": self.sampler.taken, "batch": self.sampler.global_batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there, with the next iteration. Raises ConfigError within an epoch of batches of another size."""
+        """Continue from there in the next iteration; raises ConfigError in mid-epoch if the batch size differs."""
         taken, size, now = state["taken"], state["batch"], self.sampler.global_batch
         if now != size and 0 < taken * size < self.sampler.count:
             raise ConfigError(
@@ -47,7 +47,7 @@ class Loader(DataLoader[Loaded | UserError]):
 
 
 class ImageData(LightningDataModule):
-    """The two loaders, and what is done to a batch on its device. ``batch_size`` is that of one process."""
+    """Both loaders, and what is done to a batch on its device. ``batch_size`` is that of one process."""
 
     def __init__(
         self,
@@ -64,24 +64,24 @@ class ImageData(LightningDataModule):
         self.num_workers = num_workers
 
     def steps_per_epoch(self, processes: int) -> int:
-        """Training steps in an epoch, when the samples are shared between so many processes."""
+        """Return the training batches of each process in an epoch."""
         return len(SharedBatches(self.train, self.batch_size, train=True, world=processes))
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """A batch of training images from all over the data set, which may be in the order of its classes."""
+        """Return a batch of training images spread over the data set, which may be sorted by class."""
         places = torch.linspace(0, len(self.train) - 1, min(self.batch_size, len(self.train))).long().tolist()
         return self.train.finish(self.train.load([Key(0, place, 0) for place in places]))
 
     def train_dataloader(self) -> Loader:
-        """This process's shuffled batches of the training images."""
+        """Return the loader of this process's shuffled batches of the training images."""
         return self._loader(self.train, train=True)
 
     def val_dataloader(self) -> Loader:
-        """This process's batches of the validation images, in order, each image once."""
+        """Return the loader of this process's batches of the validation images, in order, each image once."""
         return self._loader(self.val, train=False)
 
     def on_after_batch_transfer(self, batch: Loaded, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Images and labels, in the trainer's precision."""
+        """Return images and labels in the trainer's precision."""
         trainer = self.trainer
         assert trainer is not None
         samples = self.train if trainer.training else self.val
@@ -89,7 +89,7 @@ class ImageData(LightningDataModule):
 
     @property
     def skipped(self) -> list[str]:
-        """The images that could not be read and were left out so far, by this process."""
+        """Return the paths of the unreadable images that this process has left out so far."""
         return [*self.train.skipped, *self.val.skipped]
 
     def _loader(self, samples: Samples, *, train: bool) -> Loader:
@@ -104,6 +104,6 @@ class ImageData(LightningDataModule):
             sampler=SharedBatches(samples, self.batch_size, train=train, rank=rank, world=world, repeats=repeats),
             num_workers=self.num_workers,
             pin_memory=device == "cuda",
-            generator=torch.Generator(),  # or it would draw from torch's own, for seeds that nobody uses
+            generator=torch.Generator(),  # else it draws seeds that nothing uses from torch's
             persistent_workers=self.num_workers > 0,
         )

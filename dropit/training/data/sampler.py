@@ -14,14 +14,14 @@ from dropit.training.errors import SetupError
 
 
 class SharedBatches(DistributedSampler[list[Key]]):
-    """The keys of each of one process's batches in an epoch, ``batch_size`` a process.
+    """Yields the keys of each batch of one process in an epoch; ``batch_size`` is that of one process.
 
-    Process ``rank`` of ``world`` takes every world-th sample of each batch of all together, so that the processes see
-    what one alone would see in batches ``world`` times as large. As DDP wants as many batches of each process, with a
-    sample in each, in training the last batch is filled up from the epoch's beginning; otherwise, where nothing may be
-    seen twice, a rest too small to go round joins the batch before. ``repeats``: each image is drawn so many times in
-    a row, and an epoch has as many samples as ever. ``start``: batches of its epoch that the next iteration leaves out;
-    ``taken``: those that are behind us, as the loader counts them.
+    Process ``rank`` of ``world`` takes every world-th sample of each global batch, so that the processes together see
+    what one process would see in batches ``world`` times as large. DDP needs the same number of non-empty batches in
+    each process: in training the last batch is filled up from the epoch's beginning; in validation, where nothing may
+    be seen twice, a remainder of fewer than ``world`` samples joins the batch before. ``repeats``: each image is drawn
+    so many times in a row, while the length of an epoch stays. ``start``: batches that the next iteration skips;
+    ``taken``: batches that the loader has yielded.
 
     A DistributedSampler, so that Lightning neither replaces nor wraps it.
     """
@@ -54,7 +54,7 @@ class SharedBatches(DistributedSampler[list[Key]]):
         return whole + (rest > 0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Another epoch starts at its beginning."""
+        """Set the epoch; another one starts at its beginning."""
         if epoch != self.epoch:
             self.start = self.taken = 0
         super().set_epoch(epoch)

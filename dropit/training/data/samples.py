@@ -1,4 +1,4 @@
-"""Samples by their keys: the key and the seed decide everything random about a sample."""
+"""Samples by their keys: key and seed determine everything random about a sample."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Loaded(NamedTuple):
     images: Tensor  # (N, 3, H, W): uint8 if the rest is done on the device
     labels: Tensor  # (N,) int64
     places: Tensor  # (N, 3) int64, each a Place
-    seed: int  # of what is done to the batch as a whole
+    seed: int  # for mixing the batch
 
 
 class Samples(Dataset[Loaded | UserError]):
-    """Batches of a data set, by their keys. ``seed``, key and image decide, bit for bit, whichever process loads it.
+    """Batches of a data set by their keys; seed and key determine them bit for bit, whichever process loads them.
 
-    ``cache`` keeps the decoded images in memory; ``on_device`` leaves to the device what can be done for a batch.
+    ``cache`` keeps the decoded images in memory; ``on_device`` defers to ``finish`` what can be done for a batch.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Samples(Dataset[Loaded | UserError]):
         return len(self.source)
 
     def __getitem__(self, keys: Sequence[Key]) -> Loaded | UserError:
-        """The batch, or what is wrong with it: raised in a worker, an error would reach the user as a traceback."""
+        """Return the batch, or the error: raised in a worker, it would reach the user as a traceback."""
         try:
             return self.load(keys)
         except UserError as error:
             return error
 
     def load(self, keys: Sequence[Key]) -> Loaded:
-        """The batch; draws nothing from torch's generator, as seen from outside."""
+        """Return the batch; torch's generator is restored afterwards."""
         images, labels, places = [], [], []
         with own_generator() as generator:
             for key in keys:
@@ -95,7 +95,7 @@ class Samples(Dataset[Loaded | UserError]):
         return transform.pixels(image), label
 
     def finish(self, batch: Loaded) -> tuple[Tensor, Tensor]:
-        """Images, (N, 3, H, W) floats, and labels: class numbers (N,), or soft ones (N, classes) after mixing."""
+        """Return images, (N, 3, H, W) floats, and labels: class numbers (N,), or soft (N, classes) after mixing."""
         images, labels = batch.images, batch.labels
         if self.device_transform:
             images = self.device_transform(images, batch.places)
@@ -103,7 +103,7 @@ class Samples(Dataset[Loaded | UserError]):
 
     @property
     def skipped(self) -> list[str]:
-        """The images that could not be read and were left out so far."""
+        """Return the paths of the unreadable images that were left out so far."""
         return self._folder.skipped if self._folder else []
 
 

@@ -16,19 +16,19 @@ from dropit.training.errors import ConfigError
 
 Steps = tuple[v2.Transform, ...]
 CROPS = ("none", "pad", "random_resized")
-# AutoAugment's policies go by the data set that they were found on.
+# AutoAugment's policies are named after the data sets that they were found on.
 AUTO_AUGMENTS = ("", "randaugment", "trivialaugment", "imagenet", "cifar10", "svhn")
 PADDING = 4
 
 
 class PadCrop(v2.RandomCrop):
-    """A random part of the image, which is reflected at its edges."""
+    """Crops at random from the image padded by reflection."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, padding=PADDING, padding_mode="reflect")
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Where to crop; raises ConfigError where the image is too small for it."""
+        """Draw where to crop; raises ConfigError where the image is too small."""
         height, width = F.get_size(flat_inputs[0])
         (size, _), smallest = self.size, min(height, width)
         if smallest <= PADDING or smallest + 2 * PADDING < size:
@@ -42,7 +42,7 @@ class PadCrop(v2.RandomCrop):
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """What an image goes through: ``fixed`` steps, each time the same, then ``random`` ones, then normalization.
+    """The steps for an image: ``fixed`` ones, then ``random`` ones, normalization and erasing.
 
     The random steps draw from torch's generator on the CPU.
     """
@@ -54,19 +54,19 @@ class ImageTransform:
     erasing: v2.RandomErasing | None = None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The image as the model sees it, (3, H, W) float32."""
+        """Return the model's input, (3, H, W) float32."""
         floats = self.normalize(F.pil_to_tensor(apply(self.random, apply(self.fixed, image))))
         return self.erasing(floats) if self.erasing else floats
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Floats of uint8 pixels, (..., 3, H, W)."""
+        """Return normalized floats of uint8 pixels, (..., 3, H, W)."""
         floats = F.to_dtype(pixels, torch.float32, scale=True)
         normal: Tensor = F.normalize(floats, list(self.mean), list(self.std), inplace=True)
         return normal
 
 
 def apply(steps: Steps, image: Image.Image) -> Image.Image:
-    """The image after the steps."""
+    """Return the image after the steps."""
     for step in steps:
         image = step(image)
     return image
@@ -84,7 +84,7 @@ def train_transform(
     magnitude: int = 9,
     erasing: float = 0.0,
 ) -> ImageTransform:
-    """What a training image goes through; see CROPS and AUTO_AUGMENTS. ``erasing``: the probability of it."""
+    """Return the transform of training images; see CROPS and AUTO_AUGMENTS. ``erasing``: its probability."""
     random: list[v2.Transform] = []
     if crop == "pad":
         random.append(PadCrop(size))
@@ -108,7 +108,7 @@ def _auto_augment(name: str, magnitude: int) -> v2.Transform:
 
 
 def eval_transform(size: int, mean: Sequence[float], std: Sequence[float], *, resize: int) -> ImageTransform:
-    """What a validation image goes through: its centre if ``resize`` is given, or the whole image resized."""
+    """Return the transform of validation images: their centre after ``resize``, or if 0 the whole resized."""
     centre = (v2.Resize(resize, antialias=True), v2.CenterCrop(size))
     return ImageTransform(centre if resize else (_whole(size),), (), mean, std)
 

@@ -19,20 +19,20 @@ from dropit.training.errors import ConfigError, SetupError, suggest
 
 
 def vit_tiny(num_classes: int, image_size: int, **rates: float) -> tv.VisionTransformer:
-    """A ViT of 4 layers, 96 channels and 4 x 4 patches: 0.5 M parameters."""
+    """Return a ViT of 4 layers, 96 channels and 4 x 4 patches: 0.5 M parameters."""
     patch, shape = image_size // 4, {"num_layers": 4, "num_heads": 3, "hidden_dim": 96, "mlp_dim": 384}
     return tv.VisionTransformer(image_size, patch, num_classes=num_classes, **shape, **rates)
 
 
 def resnet_tiny(num_classes: int) -> ResNet:
-    """A ResNet of one basic block in each of four stages: 5 M parameters."""
+    """Return a ResNet of one basic block in each of four stages: 5 M parameters."""
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
 TINY: dict[str, Callable[..., nn.Module]] = {"vit_tiny": vit_tiny, "resnet_tiny": resnet_tiny}
 ARCHS: tuple[str, ...] = (*TINY, *tv.list_models(module=tv))
 STEMS = ("imagenet", "cifar")
-# How each key is called by the classes that take it: torchvision's, timm's, transformers'.
+# The parameter of each key in the classes that take it: torchvision's, timm's, transformers'.
 _RATES = {
     "MODEL.DROPOUT": ("dropout", "mlp_dropout", "drop_rate", "hidden_dropout_prob"),
     "MODEL.ATTENTION_DROPOUT": ("attention_dropout", "attn_drop_rate", "attention_probs_dropout_prob"),
@@ -41,13 +41,13 @@ _RATES = {
 
 
 def known_arch(name: str) -> bool:
-    """Whether ``name`` is one of ARCHS, or reads timm/NAME or hf/NAME, which are looked up when they are built."""
+    """Return whether ``name`` is one of ARCHS, or timm/NAME or hf/NAME, which are looked up when they are built."""
     library, _, inner = name.partition("/")
     return name in ARCHS or (library == "hf" and bool(inner)) or (library == "timm" and _is_plain(inner))
 
 
 def _is_plain(name: str) -> bool:
-    """Whether it is a name alone: timm takes addresses of weights, too."""
+    """Return whether it is only a name: timm would also take URLs of weights."""
     return re.fullmatch(r"[\w.]+", name) is not None
 
 
@@ -61,10 +61,11 @@ def build_model(
     attention_dropout: float | None = None,
     drop_path: float | None = None,
 ) -> nn.Module:
-    """The model called ``arch``, (N, 3, image_size, image_size) -> (N, num_classes), with its first weights.
+    """Return the model ``arch``, (N, 3, image_size, image_size) -> (N, num_classes), with initial weights.
 
     ``dropout``, ``attention_dropout`` and ``drop_path`` (stochastic depth) in [0, 1); None leaves the model's own.
-    Raises ConfigError for a model that takes none, or that has no such name or size, SetupError without its library.
+    Raises ConfigError for a rate that the model does not take and for an unknown name or size, SetupError without the
+    model's library.
     """
     rates = {"MODEL.DROPOUT": dropout, "MODEL.ATTENTION_DROPOUT": attention_dropout, "MODEL.DROP_PATH": drop_path}
     given = {key: rate for key, rate in rates.items() if rate is not None}
@@ -102,7 +103,7 @@ def _build_torchvision(arch: str, num_classes: int, image_size: int, rates: dict
 
 
 def _scale_stochastic_depth(model: nn.Module, rate: float) -> None:
-    """Give the last block this rate; those before it rise to it linearly, as they did."""
+    """Scale the rates of all blocks so that the last one has this rate."""
     layers = [module for module in model.modules() if isinstance(module, StochasticDepth)]
     last = max(layer.p for layer in layers)
     for layer in layers:
@@ -143,7 +144,7 @@ def _build_hf(name: str, num_classes: int, image_size: int, rates: dict[str, flo
 
 
 def _hf_config(transformers: Any, name: str) -> Any:
-    """The default config of a model type, or that of a local directory; nothing is fetched or run."""
+    """Return the default config of a model type, or that of a local directory; nothing is downloaded or run."""
     types = [config.model_type for config in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING]
     if name in types:
         return transformers.AutoConfig.for_model(name)
@@ -152,12 +153,12 @@ def _hf_config(transformers: Any, name: str) -> Any:
         raise _unknown(f"hf/{name}", expected, name, types)
     try:
         return transformers.AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # each mistake in a config.json is an error of another type
+    except Exception as error:  # mistakes in a config.json raise errors of many types
         raise ConfigError(f"MODEL.ARCH hf/{name}: holds no config.json that transformers can read") from error
 
 
 def _logits(module: nn.Module, args: Any, output: Any) -> Tensor:
-    """A hook, so that the names of the layers stay transformers' own."""
+    """Return the logits of an output; as a hook, so that the names of layers stay those of transformers."""
     return output.logits  # type: ignore[no-any-return]
 
 
@@ -173,14 +174,14 @@ def _unknown(arch: str, expected: str, name: str, valid: Iterable[str]) -> Confi
 
 
 def _parameters(model_class: type) -> set[str]:
-    """What a class can be built with, its parents' parameters among it."""
+    """Return the names of the parameters of a class's constructor and of its parents'."""
     return {
         name for base in model_class.__mro__ for name in inspect.signature(vars(base).get("__init__", base)).parameters
     }
 
 
 def _named(rates: dict[str, float], taken: Collection[str], arch: str) -> dict[str, float]:
-    """The rates by the names that the model takes them under."""
+    """Return the rates by the names of the model's parameters."""
     named = {}
     for key, rate in rates.items():
         name = next((name for name in _RATES[key] if name in taken), None)
@@ -192,7 +193,7 @@ def _named(rates: dict[str, float], taken: Collection[str], arch: str) -> dict[s
 
 
 def _use_cifar_stem(arch: str, model: nn.Module) -> None:
-    """For images of 32 x 32: a 3x3 convolution that keeps the size, and no pooling."""
+    """Replace the stem for images of 32 x 32: a 3x3 convolution that keeps the size, and no pooling."""
     if not isinstance(model, ResNet):
         raise ConfigError(f"MODEL.STEM cifar is for ResNets, not for {arch}")
     model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)

@@ -38,26 +38,26 @@ class Classifier(LightningModule):
         self.channels_last = channels_last
         self.criterion = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.val_criterion = nn.CrossEntropyLoss()
-        self.val_loss = MeanMetric()  # Lightning's own mean counts the samples of several processes in whole numbers
+        self.val_loss = MeanMetric()  # Lightning's mean rounds the numbers of samples of several processes
         self.accuracy = MetricCollection(
             {f"val/acc{k}": MulticlassAccuracy(num_classes, top_k=min(k, num_classes), average="micro") for k in (1, 5)}
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of (N, 3, H, W) images."""
+        """Return the logits of (N, 3, H, W) images."""
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return self.model(images)  # type: ignore[no-any-return]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
+        """Return the loss of one batch."""
         images, labels = batch
         loss: Tensor = self.criterion(self(images), labels)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracies, over the whole validation set and all processes: each sample counts once."""
+        """Update loss and accuracies over the validation set and all processes; each sample counts once."""
         images, labels = batch
         logits = self(images)
         self.accuracy.update(logits, labels)
@@ -66,6 +66,6 @@ class Classifier(LightningModule):
         self.log_dict(self.accuracy, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
-        """The recipe's optimizer; the schedule steps once an epoch."""
+        """Return the recipe's optimizer and schedule; the schedule steps once an epoch."""
         optimizer = build_optimizer(self.model, self.recipe)
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.recipe)}

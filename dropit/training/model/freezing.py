@@ -1,4 +1,4 @@
-"""Parts of the model that stay as they are, for fine-tuning."""
+"""Freeze parts of the model, for fine-tuning."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dropit.training.errors import ConfigError, suggest
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
-    """Freeze what the patterns name, parameters or whole modules (layer1, *.bn1, *.bias); returns how many numbers.
+    """Freeze what the patterns name, parameters or whole modules (layer1, *.bn1, *.bias); returns how many elements.
 
-    A BatchNorm that is frozen whole normalizes by its running statistics, in training too, and leaves them as they are.
+    A BatchNorm whose parameters are all frozen normalizes by its running statistics in training, too, and keeps them.
     Raises ConfigError for a pattern that names nothing and where nothing is left to train.
     """
     for pattern in patterns:
@@ -31,14 +31,14 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def _named(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern fits the name, or that of a module around it."""
+    """Return whether a pattern matches the name, or that of a module around it."""
     parts = name.split(".")
     names = [".".join(parts[: depth + 1]) for depth in range(len(parts))]
     return any(fnmatchcase(candidate, pattern) for pattern in patterns for candidate in names)
 
 
 def _frozen_norms(model: nn.Module, patterns: Sequence[str]) -> Iterator[nn.Module]:
-    """The BatchNorms of which every parameter is named; one without any goes by its statistics' name."""
+    """Yield the BatchNorms whose parameters are all named; one without any is named by its statistics."""
     for name, module in model.named_modules():
         owned = [own for own, _ in module.named_parameters()] or ["running_mean"]
         if isinstance(module, _BatchNorm) and all(_named(f"{name}.{own}", patterns) for own in owned):

@@ -1,4 +1,4 @@
-"""Pretrained weights: read from a file without running code in it, and fitted to a model."""
+"""Pretrained weights: downloaded or read from a file, and fitted to a model."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dropit.training.model.architectures import ARCHS, TINY
 
 Weights = dict[str, Tensor]
 
-# Where files keep the weights beside other things: averaged ones (EMA) first, as they are the better ones.
+# The keys of weights in files that hold more: averaged ones (EMA), which are better, come first.
 _PARTS = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "state_dict", "model_state_dict", "model")
-# What DDP, torch.compile and a LightningModule put before each name.
+# The prefixes of DDP, torch.compile and a LightningModule.
 _PREFIXES = ("module.", "_orig_mod.", "model.")
-# Parts that need not fit: classifiers, also those that only pretraining has.
+# Parts that need not fit: classifiers, and heads that are only for pretraining.
 _HEADS = {"fc", "heads", "head", "head_dist", "classifier", "last_linear", "aux1", "aux2", "AuxLogits", "pooler"}
 _POSITIONS = ("pos_embedding", "pos_embed", "position_embeddings")
-# Names in torchvision's own older files.
+# Names in torchvision's older files.
 _OLD_NAMES = {
     r"\.mlp\.linear_1\.": ".mlp.0.",
     r"\.mlp\.linear_2\.": ".mlp.3.",
@@ -54,13 +54,13 @@ _VIT_NAMES = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a file's tensors, by name; ``str`` is one to three lines."""
+    """What was done with the tensors of a file, by name; ``str`` is one to three lines."""
 
     source: str
     loaded: tuple[str, ...]
     resized: tuple[str, ...]  # of the loaded: position embeddings of another image size
     skipped: tuple[str, ...]  # in the file, not used
-    missing: tuple[str, ...]  # of the model, left as they were
+    missing: tuple[str, ...]  # of the model, unchanged
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
@@ -73,10 +73,11 @@ class LoadReport:
 
 
 def load_pretrained(model: nn.Module, source: str, arch: str) -> LoadReport:
-    """Load weights by torchvision's or timm's name or from a local file, all but a classifier of another size.
+    """Load weights by torchvision's or timm's name or from a local file, except a classifier of another size.
 
-    Names of timm's ViTs, of transformers' older versions and of wrappers (DDP, compile, Lightning) become the model's;
-    position embeddings are resized. Raises ConfigError for weights of another model, SetupError for an unusable file.
+    Translates the names of timm's ViTs, of transformers' older versions and of wrappers (DDP, compile, Lightning), and
+    resizes position embeddings. Returns what was loaded. Raises ConfigError for weights of another model, SetupError
+    for an unusable file.
     """
     weights, part = _find(source, arch)
     own = model.state_dict()
@@ -142,7 +143,7 @@ def _download(fetch: Callable[[], Mapping[str, Any]], name: str) -> Weights:
 
 
 def find_weights(content: Any, source: str) -> tuple[Weights, str]:
-    """The state_dict in what a file holds, and the name of the part that it is: averaged weights (EMA) first."""
+    """Return the state_dict in the content of a file and its key there: averaged weights (EMA) first."""
     parts = content if isinstance(content, Mapping) else {}
     for part in _PARTS:
         if tensors := _tensors(parts.get(part)):
@@ -158,7 +159,7 @@ def _tensors(content: Any) -> Weights:
 
 
 def _strip(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
-    """Without the prefixes that wrappers put before each name; what has none beside such is none of the model's."""
+    """Return the weights without the prefixes of wrappers; tensors beside them that have none are left out."""
     for prefix in _PREFIXES:
         inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         if inside and not any(name.startswith(prefix) for name in own):
@@ -167,7 +168,7 @@ def _strip(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
 
 
 def _rename(weights: Weights, own: Mapping[str, Tensor], *, vit: bool) -> Weights:
-    """With the names that the model has now."""
+    """Return the weights by the names that the model has now."""
 
     def renamed(name: str) -> str:
         for pattern, new in (_OLD_NAMES | (_VIT_NAMES if vit else {})).items():
@@ -178,7 +179,7 @@ def _rename(weights: Weights, own: Mapping[str, Tensor], *, vit: bool) -> Weight
 
 
 def _rename_hf(model: Any, weights: Weights) -> Weights:
-    """What transformers' own loading makes of the weights; it renames, and what does not fit stays as it is."""
+    """Return the weights as transformers' loader renames them, and unchanged what does not fit."""
     import transformers
 
     transformers.logging.disable_progress_bar()
@@ -192,7 +193,7 @@ def _rename_hf(model: Any, weights: Weights) -> Weights:
 
 
 def _resize_positions(weights: Weights, own: Mapping[str, Tensor]) -> tuple[Weights, tuple[str, ...]]:
-    """With position embeddings for the model's image size, and their names."""
+    """Return the weights with position embeddings for the model's image size, and the names of those."""
     resized = {}
     for name in weights.keys() & own.keys():
         old, new = weights[name], own[name]
@@ -204,7 +205,7 @@ def _resize_positions(weights: Weights, own: Mapping[str, Tensor]) -> tuple[Weig
 
 
 def _resize(positions: Tensor, tokens: int, side: int) -> Tensor:
-    """(1, tokens + old side^2, D) position embeddings for ``side`` x ``side`` patches; those of tokens stay."""
+    """Return (1, tokens + old side^2, D) position embeddings for ``side`` x ``side`` patches; tokens' are kept."""
     kept, grid = positions[:, :tokens].float(), positions[:, tokens:].float()
     one_token = torch.cat([grid[:, :1], grid], dim=1)  # what torchvision expects
     state = interpolate_embeddings(side, 1, OrderedDict({"encoder.pos_embedding": one_token}))

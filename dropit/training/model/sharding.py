@@ -1,4 +1,4 @@
-"""Weights shared out over the processes by FSDP2, block by block."""
+"""Shard the weights over the processes by FSDP2, block by block."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from dropit.training.model.classifier import Classifier
 
 
 class ShardedClassifier(Classifier):
-    """A Classifier of whose weights each process keeps a part; made whole a block at a time, to compute with."""
+    """A Classifier of whose weights each process keeps a part; they are gathered one block at a time."""
 
     def configure_model(self) -> None:
-        """Shard the model, once; Lightning calls this where the processes know of each other."""
+        """Shard the model, once; Lightning calls this when the processes are connected."""
         if not getattr(self, "_sharded", False):
             shard(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
             self._sharded = True
 
 
 def shard(model: nn.Module, mesh: Any) -> nn.Module:
-    """Shard each block of ``model``, and with the model itself what is in none. Returns the model."""
+    """Shard each block of ``model``, and the rest with the model itself. Returns the model."""
     for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -29,7 +29,7 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """What stands in a row in a Sequential or a ModuleList and has parts of its own, but is not within another one."""
+    """Return the outermost modules with children in each Sequential or ModuleList."""
     found: list[nn.Module] = []
     for child in model.children():
         is_row = isinstance(child, (nn.Sequential, nn.ModuleList))

@@ -102,7 +102,7 @@ def _converted(cfg: CfgNode, model: nn.Module) -> str:
 
 
 def _fit(trainer: Trainer, classifier: Classifier, data: ImageData, checkpoint: Path | None) -> None:
-    """Train, from the checkpoint on if there is one; a run that was asked to stop says how to go on."""
+    """Train, from the checkpoint on if there is one; a run that is stopped by a signal prints how to resume."""
     try:
         trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     except Interruption as stopped:

@@ -8,10 +8,10 @@ from torch import nn
 
 
 def layer_depths(model: nn.Module) -> dict[str, int]:
-    """How deep each parameter lies: 0 before the first block, k from the k-th block to the next, n + 1 after the last.
+    """Return the depth of each parameter: 0 before the first block, k from the k-th block on, n + 1 after the last.
 
-    A block is one of several modules of the same type that hold others, not within another such; a model without any
-    counts each layer that has parameters. Modules are taken to be in the order of their definition.
+    A block is one of several modules of the same type with children, not within another such; in a model without any,
+    each layer with parameters is one. Modules are assumed to be defined in the order of their calls.
     """
     blocks = _blocks(model)
     names = [name for name, _ in model.named_parameters()]
@@ -26,7 +26,7 @@ def layer_depths(model: nn.Module) -> dict[str, int]:
 
 
 def _blocks(model: nn.Module) -> list[str]:
-    """The blocks' names, or those of all layers that have parameters."""
+    """Return the names of the blocks, or those of all layers with parameters."""
     composite = {
         fqn: type(module)
         for fqn, module in model.named_modules()

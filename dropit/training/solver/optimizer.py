@@ -16,7 +16,7 @@ _POSITION = re.compile(r"pos_embed|position_embed|relative_position|class_embed|
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
-    """The recipe's optimizer over the parameters that are not frozen."""
+    """Return the recipe's optimizer for the parameters that are not frozen."""
     parameters = parameter_groups(model, recipe)
     if recipe.optimizer == "adamw":
         return AdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay)
@@ -24,7 +24,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """One group for each learning rate and weight decay, of what is not frozen; named if there are several."""
+    """Return one group for each learning rate and weight decay, named if there are several; without frozen ones."""
     depths = layer_depths(model) if recipe.layer_decay != 1 else {}
     last = max(depths.values(), default=0)
     without_decay = names_without_decay(model, recipe.no_decay) if recipe.weight_decay else set()
@@ -40,7 +40,7 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         groups.setdefault(label, {"params": [], "lr": rate, "weight_decay": decay, "name": label})
         groups[label]["params"].append(parameter)
     if len(groups) == 1:
-        groups[label].pop("name")  # LearningRateMonitor's tag is then the optimizer's alone
+        groups[label].pop("name")  # LearningRateMonitor's tag is then lr- and the optimizer's name
     return list(groups.values())
 
 

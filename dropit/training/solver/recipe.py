@@ -24,7 +24,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.999)  # of adamw
     weight_decay: float = 0.0
     no_decay: tuple[str, ...] = ()  # of NO_DECAY
-    layer_decay: float = 1.0  # factor from one block's learning rate to that of the block before
+    layer_decay: float = 1.0  # factor of the learning rate from each block to the one before
     schedule: str = "multistep"  # of SCHEDULES
     milestones: tuple[int, ...] = ()
     gamma: float = 0.1

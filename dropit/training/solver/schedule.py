@@ -13,7 +13,7 @@ from dropit.training.solver.recipe import Recipe
 
 
 def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
-    """The schedule, to be stepped once an epoch; all groups change in proportion.
+    """Return the schedule, to be stepped once an epoch; all groups change in proportion.
 
     Warm-up rises from warmup_factor * lr in epoch 0 to lr in epoch warmup_epochs - 1, cosine goes on from there to
     min_lr in epoch max_epochs: lightning-bolts' LinearWarmupCosineAnnealingLR, epoch for epoch.
@@ -22,7 +22,7 @@ def build_schedule(optimizer: Optimizer, recipe: Recipe) -> LRScheduler:
 
 
 def _factor(recipe: Recipe, epoch: int) -> float:
-    """The learning rate of an epoch, as a part of the recipe's."""
+    """Return the learning rate of an epoch as a fraction of the recipe's."""
     least = recipe.min_lr / recipe.lr
     if recipe.schedule == "cosine":
         # A run cut short, to try it out, may end within its warm-up.

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("step", [7, 8, 9])
-def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_good(config, capsys, monkeypatch, step, bad):
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+    config, capsys, monkeypatch, step, bad
+):
     """In mid-epoch, at an epoch's end (four steps each) and at the next one's start."""
     real, taken = Classifier.training_step, set()
 
@@ -33,7 +35,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_what_was_good(config, 
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
 
 
-def test_weights_that_are_no_numbers_are_not_saved(config, capsys, monkeypatch):
+def test_weights_that_are_not_finite_are_not_saved(config, capsys, monkeypatch):
     """Where a finite loss left them."""
 
     def spoil(self, *_):
@@ -49,7 +51,7 @@ def test_weights_that_are_no_numbers_are_not_saved(config, capsys, monkeypatch):
 
 
 @pytest.mark.ddp
-def test_processes_whose_loss_is_no_number_end_together_with_one_line(config):
+def test_processes_whose_loss_is_not_finite_end_together_with_one_line(config):
     command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, "NUM_GPUS", "2", "ACCELERATOR", "cpu"]
     done = processes.run([*command, "SOLVER.LR", "1e38"])
     assert done.returncode == 1

@@ -77,9 +77,9 @@ def test_a_decay_that_leaves_out_kinds_trains_as_groups_by_hand():
     recipe = Recipe(1e-2, 30, optimizer="adamw", weight_decay=0.5, no_decay=("norm", "bias"))
 
     def by_hand(model):
-        spared = [model[0].bias, model[1].weight, model[1].bias, model[3].bias]
+        excluded = [model[0].bias, model[1].weight, model[1].bias, model[3].bias]
         rest = [model[0].weight, model[3].weight]
-        return torch.optim.AdamW([{"params": spared, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.5}])
+        return torch.optim.AdamW([{"params": excluded, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.5}])
 
     same_training(recipe, by_hand, lambda epoch: 1e-2)
 
@@ -88,10 +88,10 @@ def without_decay(name, *kinds):
     """The names of the parameters that are not decayed, and the model."""
     model = build_model(name, 10, 32 if "resnet" not in name else 224)
     groups = parameter_groups(model, Recipe(0.1, 1, weight_decay=0.05, no_decay=kinds))
-    spared = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+    excluded = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
     assert {group["weight_decay"] for group in groups} == ({0.05, 0.0} if kinds else {0.05})
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    return {name for name, parameter in model.named_parameters() if id(parameter) in spared}, model
+    return {name for name, parameter in model.named_parameters() if id(parameter) in excluded}, model
 
 
 def test_every_parameter_decays_in_one_unnamed_group_if_none_is_left_out():
@@ -101,13 +101,13 @@ def test_every_parameter_decays_in_one_unnamed_group_if_none_is_left_out():
 
 
 def test_norms_biases_and_positions_of_a_vit_can_be_left_out():
-    spared, model = without_decay("vit_tiny", "position")
-    assert spared == {"class_token", "encoder.pos_embedding"}
-    spared, _ = without_decay("vit_tiny", "norm")
-    assert spared == {name for name, _ in model.named_parameters() if ".ln" in name}
-    spared, _ = without_decay("vit_tiny", "bias")
-    assert spared == {name for name, _ in model.named_parameters() if name.endswith("bias")}
-    assert "encoder.layers.encoder_layer_0.self_attention.in_proj_bias" in spared
+    excluded, model = without_decay("vit_tiny", "position")
+    assert excluded == {"class_token", "encoder.pos_embedding"}
+    excluded, _ = without_decay("vit_tiny", "norm")
+    assert excluded == {name for name, _ in model.named_parameters() if ".ln" in name}
+    excluded, _ = without_decay("vit_tiny", "bias")
+    assert excluded == {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert "encoder.layers.encoder_layer_0.self_attention.in_proj_bias" in excluded
 
 
 @pytest.mark.parametrize(
@@ -119,17 +119,17 @@ def test_norms_biases_and_positions_of_a_vit_can_be_left_out():
 )
 def test_kinds_are_known_in_other_libraries(name, positions):
     with torch.device("meta"):
-        spared, model = without_decay(name, "norm", "bias", "position")
-    kept = set(dict(model.named_parameters())) - spared
-    assert positions <= spared
+        excluded, model = without_decay(name, "norm", "bias", "position")
+    kept = set(dict(model.named_parameters())) - excluded
+    assert positions <= excluded
     assert {model.get_parameter(name).dim() > 1 for name in kept} == {True}
     assert not any("norm" in name for name in kept)
 
 
 def test_norms_of_a_resnet_can_be_left_out():
-    spared, _ = without_decay("resnet_tiny", "norm")
-    assert "layer2.0.downsample.1.weight" in spared
-    assert all("bn" in name or "downsample.1" in name for name in spared)
+    excluded, _ = without_decay("resnet_tiny", "norm")
+    assert "layer2.0.downsample.1.weight" in excluded
+    assert all("bn" in name or "downsample.1" in name for name in excluded)
 
 
 def test_frozen_parameters_are_in_no_group():
