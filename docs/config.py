@@ -28,8 +28,6 @@ def type_of(key: Key) -> str:
 
 def allowed(key: Key) -> str:
     """Return the choices or the range."""
-    if key.allowed is None:
-        return ""
     return ", ".join(map(_code, key.allowed.choices)) or key.allowed.text
 
 

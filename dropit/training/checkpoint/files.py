@@ -66,7 +66,7 @@ def nearest_file(path: Path) -> str:
         return ""
 
 
-def some(names: Iterable[str]) -> str:
+def shorten(names: Iterable[str]) -> str:
     """Return the first names, and how many more there are."""
     first, *rest = names
     return f"{', '.join([first, *rest[:2]])} and {len(rest) - 2} more" if len(rest) > 3 else ", ".join([first, *rest])
@@ -75,7 +75,7 @@ def some(names: Iterable[str]) -> str:
 def _check_exists(path: Path, key: str) -> None:
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix in _SUFFIXES)
-        raise ConfigError(f"{key} {path}: a directory, not a file{'; it holds ' + some(files) if files else ''}")
+        raise ConfigError(f"{key} {path}: a directory, not a file{'; it holds ' + shorten(files) if files else ''}")
     if not path.is_file():
         raise ConfigError(f"{key} {path}: no such file{nearest_file(path)}")
 
@@ -119,6 +119,6 @@ def _read_pickle(path: Path, key: str, *, is_zip: bool) -> Any:
 def _code_in(path: Path) -> str:
     """Return the names of the functions and classes in a zip file that weights_only refuses."""
     try:
-        return some(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or "code"
+        return shorten(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))) or "code"
     except (ValueError, pickle.UnpicklingError):  # none, or in another version of the pickle protocol
         return "code"

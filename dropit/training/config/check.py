@@ -19,7 +19,7 @@ def check(cfg: CfgNode, origins: Mapping[str, Any]) -> None:
         raise ConfigError(f"{name} must be {must}, got {values[name]!r} ({origins.get(name, 'default')})")
 
     for name, key in KEYS.items():
-        if key.allowed and not key.allowed.fits(values[name]):
+        if not key.allowed.fits(values[name]):
             refuse(name, key.allowed.text + (suggest(values[name], key.allowed.names) if key.allowed.names else ""))
     shares = cfg.NUM_NODES * cfg.NUM_GPUS * cfg.SOLVER.ACCUMULATE
     if cfg.SOLVER.BATCH_SIZE % shares:

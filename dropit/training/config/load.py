@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from dropit.training.config.check import check
 from dropit.training.config.keys import KEYS, defaults
-from dropit.training.config.values import Place, convert, shown
+from dropit.training.config.values import Origin, convert, describe_node
 from dropit.training.errors import ConfigError, suggest
 
 
@@ -22,27 +22,27 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> CfgNode:
 
     Raises ConfigError with one line that names the key, what was given, what would be right, and where.
     """
-    cfg, origins = defaults(), dict[str, Place]()
+    cfg, origins = defaults(), dict[str, Origin]()
     _merge_file(cfg, origins, Path(path), ())
     for key, text in _pairs(overrides):
-        _set(cfg, origins, key, _compose_override(key, text), Place("command line"))
+        _set(cfg, origins, key, _compose_override(key, text), Origin("command line"))
     check(cfg, origins)
     cfg.freeze()
     return cfg
 
 
-def _merge_file(cfg: CfgNode, origins: dict[str, Place], path: Path, below: tuple[Path, ...]) -> None:
+def _merge_file(cfg: CfgNode, origins: dict[str, Origin], path: Path, below: tuple[Path, ...]) -> None:
     if path.resolve() in below:
         raise ConfigError(f"{path}: _BASE_ leads back to this file")
     root = _compose_file(path)
-    entries = {key: (node, place) for key, node, place in _entries(root, Place(str(path), 1))}
+    entries = {key: (node, origin) for key, node, origin in _entries(root, Origin(str(path), 1))}
     if "_BASE_" in entries:
-        node, place = entries.pop("_BASE_")
+        node, origin = entries.pop("_BASE_")
         if not isinstance(node, yaml.ScalarNode):
-            raise ConfigError(f"_BASE_ must be the path of a YAML file ({place})")
+            raise ConfigError(f"_BASE_ must be the path of a YAML file ({origin})")
         _merge_file(cfg, origins, path.parent / node.value, (*below, path.resolve()))
-    for key, (node, place) in entries.items():
-        _set(cfg, origins, key, node, place)
+    for key, (node, origin) in entries.items():
+        _set(cfg, origins, key, node, origin)
 
 
 def _compose_file(path: Path) -> yaml.Node:
@@ -74,13 +74,13 @@ def _nearest_files(path: Path) -> str:
     return suggest(path.name, names)
 
 
-def _entries(mapping: yaml.Node, place: Place) -> Iterator[tuple[str, yaml.Node, Place]]:
-    """Yield key, value and place of each entry; a key that is given twice is an error."""
-    seen: dict[str, Place] = {}
+def _entries(mapping: yaml.Node, origin: Origin) -> Iterator[tuple[str, yaml.Node, Origin]]:
+    """Yield key, value and origin of each entry; a key that is given twice is an error."""
+    seen: dict[str, Origin] = {}
     for key_node, node in mapping.value:
-        here = place.at(key_node)
+        here = origin.at(key_node)
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"a key must be a name, got {shown(key_node)} ({here})")
+            raise ConfigError(f"a key must be a name, got {describe_node(key_node)} ({here})")
         key = key_node.value
         if key in seen:
             raise ConfigError(f"{key} is given twice ({here}, and first {seen[key]})")
@@ -110,7 +110,7 @@ def _compose_override(key: str, text: str) -> yaml.Node:
     return node
 
 
-def _set(cfg: CfgNode, origins: dict[str, Place], key: str, node: yaml.Node, place: Place) -> None:
+def _set(cfg: CfgNode, origins: dict[str, Origin], key: str, node: yaml.Node, origin: Origin) -> None:
     """Set a dotted key, or every key of a section, to what the node says."""
     *sections, name = key.split(".")
     parent = cfg
@@ -118,14 +118,14 @@ def _set(cfg: CfgNode, origins: dict[str, Place], key: str, node: yaml.Node, pla
         known = "".join(f"{above}." for above in sections[:depth])
         if not isinstance(parent, CfgNode) or section not in parent:
             valid = list(parent) if isinstance(parent, CfgNode) else []
-            raise ConfigError(f"{known}{section}: no such key{suggest(section, valid)} ({place})")
+            raise ConfigError(f"{known}{section}: no such key{suggest(section, valid)} ({origin})")
         if depth < len(sections):
             parent = parent[section]
     if not isinstance(parent[name], CfgNode):
-        parent[name] = convert(KEYS[key], node, place)
-        origins[key] = place
+        parent[name] = convert(KEYS[key], node, origin)
+        origins[key] = origin
         return
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{key} is a section: expected its keys, got {shown(node)} ({place})")
-    for inner, value, here in _entries(node, place):
+        raise ConfigError(f"{key} is a section: expected its keys, got {describe_node(node)} ({origin})")
+    for inner, value, here in _entries(node, origin):
         _set(cfg, origins, f"{key}.{inner}", value, here)

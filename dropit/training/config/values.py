@@ -15,38 +15,38 @@ _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 
 
 @dataclass(frozen=True)
-class Place:
+class Origin:
     """Where a value was given: a line of a file, or the command line."""
 
     source: str
     line: int | None = None
 
-    def at(self, node: yaml.Node) -> Place:
+    def at(self, node: yaml.Node) -> Origin:
         """Return the node's line, where the source has lines."""
-        return self if self.line is None else Place(self.source, node.start_mark.line + 1)
+        return self if self.line is None else Origin(self.source, node.start_mark.line + 1)
 
     def __str__(self) -> str:
         return self.source if self.line is None else f"{self.source}:{self.line}"
 
 
-def convert(key: Key, node: yaml.Node, place: Place) -> Any:
+def convert(key: Key, node: yaml.Node, origin: Origin) -> Any:
     """Return the node's value in the type of the key's default; raises ConfigError where it has another."""
     if not isinstance(key.default, list):
-        return _convert_scalar(key, node, place)
+        return _convert_scalar(key, node, origin)
     if isinstance(node, yaml.ScalarNode):
         parts = [part.strip() for part in node.value.split(",") if part.strip()]
-        return [_convert_scalar(key, yaml.ScalarNode(node.tag, part), place) for part in parts]
+        return [_convert_scalar(key, yaml.ScalarNode(node.tag, part), origin) for part in parts]
     if not isinstance(node, yaml.SequenceNode):
-        raise ConfigError(f"{key.name} must be a list, got {shown(node)} ({place})")
-    return [_convert_scalar(key, element, place) for element in node.value]
+        raise ConfigError(f"{key.name} must be a list, got {describe_node(node)} ({origin})")
+    return [_convert_scalar(key, element, origin) for element in node.value]
 
 
-def _convert_scalar(key: Key, node: yaml.Node, place: Place) -> Any:
+def _convert_scalar(key: Key, node: yaml.Node, origin: Origin) -> Any:
     kind = key.type
     if not isinstance(node, yaml.ScalarNode):
-        raise ConfigError(f"{key.name} must be {_EXPECTED[kind]}, got {shown(node)} ({place})")
+        raise ConfigError(f"{key.name} must be {_EXPECTED[kind]}, got {describe_node(node)} ({origin})")
     if node.tag == "tag:yaml.org,2002:null" and node.style is None:
-        raise ConfigError(f"{key.name} has no value ({place})")
+        raise ConfigError(f"{key.name} has no value ({origin})")
     if kind is str:
         return node.value
     try:
@@ -54,7 +54,7 @@ def _convert_scalar(key: Key, node: yaml.Node, place: Place) -> Any:
             raise ValueError
         return _parse(node.value, kind)
     except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{key.name} must be {_EXPECTED[kind]}, got {node.value!r} ({place})") from error
+        raise ConfigError(f"{key.name} must be {_EXPECTED[kind]}, got {node.value!r} ({origin})") from error
 
 
 def _parse(text: str, kind: type) -> Any:
@@ -70,7 +70,7 @@ def _parse(text: str, kind: type) -> Any:
     return int(text) if text.lstrip("+-").isdigit() else int(number)
 
 
-def shown(node: yaml.Node) -> str:
+def describe_node(node: yaml.Node) -> str:
     """Return what an error says of a node: its text, or that it is a list or a mapping."""
     kind = "list" if isinstance(node, yaml.SequenceNode) else "mapping"
     return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {kind}"

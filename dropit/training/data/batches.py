@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from dropit.training.data.seeding import own_generator
+from dropit.training.data.seeding import preserved_generator
 from dropit.training.data.transforms import PADDING, ImageTransform, PadCrop, apply
 from dropit.training.errors import ConfigError
 
@@ -85,7 +85,7 @@ class BatchMix:
 
     def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return mixed images and their soft labels, (N, num_classes); ``labels``: class numbers (N,)."""
-        with own_generator() as generator:
+        with preserved_generator() as generator:
             generator.manual_seed(seed)
             images, labels = self.mix(images, labels)
         return images, labels

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dropit.training.data.batches import BatchMix, DeviceTransform, Place
 from dropit.training.data.datasets import Cached, Folder, Source
-from dropit.training.data.seeding import MIX, SAMPLE, derive_seed, own_generator
+from dropit.training.data.seeding import MIX, SAMPLE, derive_seed, preserved_generator
 from dropit.training.data.transforms import ImageTransform
 from dropit.training.errors import ConfigError, UserError
 
@@ -70,7 +70,7 @@ class Samples(Dataset[Loaded | UserError]):
     def load(self, keys: Sequence[Key]) -> Loaded:
         """Return the batch; torch's generator is restored afterwards."""
         images, labels, places = [], [], []
-        with own_generator() as generator:
+        with preserved_generator() as generator:
             for key in keys:
                 generator.manual_seed(derive_seed(self.seed, SAMPLE, *key))
                 image, label, place = self._sample(key.sample)

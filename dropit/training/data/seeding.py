@@ -19,7 +19,7 @@ def derive_seed(*parts: int) -> int:
 
 
 @contextmanager
-def own_generator() -> Iterator[torch.Generator]:
+def preserved_generator() -> Iterator[torch.Generator]:
     """Give torch's generator on the CPU, to be seeded at will, and restore its state afterwards."""
     # Not torch.manual_seed, which would seed the generators of the GPUs as well.
     state = torch.get_rng_state()

@@ -43,10 +43,10 @@ _RATES = {
 def known_arch(name: str) -> bool:
     """Return whether ``name`` is one of ARCHS, or timm/NAME or hf/NAME, which are looked up when they are built."""
     library, _, inner = name.partition("/")
-    return name in ARCHS or (library == "hf" and bool(inner)) or (library == "timm" and _is_plain(inner))
+    return name in ARCHS or (library == "hf" and bool(inner)) or (library == "timm" and _is_bare_name(inner))
 
 
-def _is_plain(name: str) -> bool:
+def _is_bare_name(name: str) -> bool:
     """Return whether it is only a name: timm would also take URLs of weights."""
     return re.fullmatch(r"[\w.]+", name) is not None
 
@@ -87,7 +87,7 @@ def _build_torchvision(arch: str, num_classes: int, image_size: int, rates: dict
     if arch not in ARCHS:
         raise _unknown(arch, "a torchvision classifier, timm/NAME or hf/NAME", arch, ARCHS)
     builder = TINY.get(arch) or tv.get_model_builder(arch)
-    options: dict[str, Any] = _named(rates, _parameters(get_type_hints(builder)["return"]), arch)
+    options: dict[str, Any] = _translate_rates(rates, _constructor_parameters(get_type_hints(builder)["return"]), arch)
     # These two builders pass a rate of their own.
     depth = options.pop("stochastic_depth_prob", None) if arch.startswith(("swin_", "maxvit_")) else None
     if arch.startswith("vit_"):
@@ -112,13 +112,13 @@ def _scale_stochastic_depth(model: nn.Module, rate: float) -> None:
 
 def _build_timm(name: str, num_classes: int, image_size: int, rates: dict[str, float]) -> nn.Module:
     timm = _import("timm", "timm")
-    if not _is_plain(name) or not timm.is_model(name):
+    if not _is_bare_name(name) or not timm.is_model(name):
         raise _unknown(f"timm/{name}", "a model of timm", name, timm.list_models())
     options: dict[str, Any] = {}
     if rates:
         with torch.device("meta"):
-            taken = _parameters(type(timm.create_model(name)))
-        options |= _named(rates, taken, f"timm/{name}")
+            taken = _constructor_parameters(type(timm.create_model(name)))
+        options |= _translate_rates(rates, taken, f"timm/{name}")
     if timm.get_pretrained_cfg(name).fixed_input_size:
         options["img_size"] = image_size
     return timm.create_model(name, pretrained=False, num_classes=num_classes, **options)  # type: ignore[no-any-return]
@@ -131,7 +131,7 @@ def _build_hf(name: str, num_classes: int, image_size: int, rates: dict[str, flo
     config.num_labels = num_classes
     if hasattr(config, "image_size"):
         config.image_size = image_size
-    for argument, rate in _named(rates, config.to_dict(), f"hf/{name}").items():
+    for argument, rate in _translate_rates(rates, config.to_dict(), f"hf/{name}").items():
         setattr(config, argument, rate)
     config.architectures = config.architectures or []  # None is an error where a type has two classes
     model: nn.Module = transformers.AutoModelForImageClassification.from_config(
@@ -173,14 +173,14 @@ def _unknown(arch: str, expected: str, name: str, valid: Iterable[str]) -> Confi
     return ConfigError(f"MODEL.ARCH must be {expected}, got {arch!r}{suggest(name, valid, 3)}")
 
 
-def _parameters(model_class: type) -> set[str]:
+def _constructor_parameters(model_class: type) -> set[str]:
     """Return the names of the parameters of a class's constructor and of its parents'."""
     return {
         name for base in model_class.__mro__ for name in inspect.signature(vars(base).get("__init__", base)).parameters
     }
 
 
-def _named(rates: dict[str, float], taken: Collection[str], arch: str) -> dict[str, float]:
+def _translate_rates(rates: dict[str, float], taken: Collection[str], arch: str) -> dict[str, float]:
     """Return the rates by the names of the model's parameters."""
     named = {}
     for key, rate in rates.items():

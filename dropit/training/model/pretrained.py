@@ -17,7 +17,7 @@ import torchvision.models as tv
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from dropit.training.checkpoint.files import nearest_file, read_file, some
+from dropit.training.checkpoint.files import nearest_file, read_file, shorten
 from dropit.training.errors import ConfigError, SetupError, suggest
 from dropit.training.model.architectures import ARCHS, TINY
 
@@ -65,10 +65,10 @@ class LoadReport:
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded"]
         if self.resized:
-            lines.append(f"resized: {some(self.resized)}")
+            lines.append(f"resized: {shorten(self.resized)}")
         unused = [name for name in self.skipped if name not in self.missing]
-        rest = [f"new: {some(self.missing)}"] if self.missing else []
-        rest += [f"not used: {some(unused)}"] if unused else []
+        rest = [f"new: {shorten(self.missing)}"] if self.missing else []
+        rest += [f"not used: {shorten(unused)}"] if unused else []
         return "\n             ".join([*lines, "; ".join(rest)] if rest else lines)
 
 
@@ -80,16 +80,16 @@ def load_pretrained(model: nn.Module, source: str, arch: str) -> LoadReport:
     for an unusable file.
     """
     weights, part = _find(source, arch)
-    own = model.state_dict()
-    weights = _rename(_strip(weights, own), own, vit=isinstance(model, tv.VisionTransformer))
-    weights, resized = _resize_positions(weights, own)
+    target = model.state_dict()
+    weights = _rename(_strip(weights, target), target, vit=isinstance(model, tv.VisionTransformer))
+    weights, resized = _resize_positions(weights, target)
     if arch.startswith("hf/"):
         weights = _rename_hf(model, weights)
-    skipped = tuple(name for name in weights if name not in own or own[name].shape != weights[name].shape)
+    skipped = tuple(name for name in weights if name not in target or target[name].shape != weights[name].shape)
     # Old files lack the counts; BatchNorm starts them at 0.
-    absent = (name for name in own if name not in weights and not name.endswith(".num_batches_tracked"))
-    missing = tuple(dict.fromkeys([*(name for name in skipped if name in own), *absent]))
-    _check_fit(weights, own, [name for name in (*skipped, *missing) if not _is_head(name)], source, arch)
+    absent = (name for name in target if name not in weights and not name.endswith(".num_batches_tracked"))
+    missing = tuple(dict.fromkeys([*(name for name in skipped if name in target), *absent]))
+    _check_fit(weights, target, [name for name in (*skipped, *missing) if not _is_head(name)], source, arch)
     loaded = {name: tensor for name, tensor in weights.items() if name not in skipped}
     model.load_state_dict(loaded, strict=False)
     return LoadReport(f"{source} ({part})" if part else source, tuple(loaded), resized, skipped, missing)
@@ -158,16 +158,16 @@ def _tensors(content: Any) -> Weights:
     return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
 
 
-def _strip(weights: Weights, own: Mapping[str, Tensor]) -> Weights:
+def _strip(weights: Weights, target: Mapping[str, Tensor]) -> Weights:
     """Return the weights without the prefixes of wrappers; tensors beside them that have none are left out."""
     for prefix in _PREFIXES:
         inside = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        if inside and not any(name.startswith(prefix) for name in own):
-            return _strip(inside, own)
+        if inside and not any(name.startswith(prefix) for name in target):
+            return _strip(inside, target)
     return weights
 
 
-def _rename(weights: Weights, own: Mapping[str, Tensor], *, vit: bool) -> Weights:
+def _rename(weights: Weights, target: Mapping[str, Tensor], *, vit: bool) -> Weights:
     """Return the weights by the names that the model has now."""
 
     def renamed(name: str) -> str:
@@ -175,7 +175,7 @@ def _rename(weights: Weights, own: Mapping[str, Tensor], *, vit: bool) -> Weight
             name = re.sub(pattern, new, name)
         return name
 
-    return {name if name in own else renamed(name): tensor for name, tensor in weights.items()}
+    return {name if name in target else renamed(name): tensor for name, tensor in weights.items()}
 
 
 def _rename_hf(model: Any, weights: Weights) -> Weights:
@@ -192,11 +192,11 @@ def _rename_hf(model: Any, weights: Weights) -> Weights:
     return kept | rest
 
 
-def _resize_positions(weights: Weights, own: Mapping[str, Tensor]) -> tuple[Weights, tuple[str, ...]]:
+def _resize_positions(weights: Weights, target: Mapping[str, Tensor]) -> tuple[Weights, tuple[str, ...]]:
     """Return the weights with position embeddings for the model's image size, and the names of those."""
     resized = {}
-    for name in weights.keys() & own.keys():
-        old, new = weights[name], own[name]
+    for name in weights.keys() & target.keys():
+        old, new = weights[name], target[name]
         if name.endswith(_POSITIONS) and old.dim() == new.dim() == 3 and old.shape[1] != new.shape[1]:
             tokens = new.shape[1] - math.isqrt(new.shape[1]) ** 2
             if old.shape[1] - math.isqrt(old.shape[1]) ** 2 == tokens:
@@ -217,16 +217,16 @@ def _is_head(name: str) -> bool:
     return parts[0] in _HEADS or "pooler" in parts
 
 
-def _check_fit(weights: Weights, own: Mapping[str, Tensor], wrong: list[str], source: str, arch: str) -> None:
+def _check_fit(weights: Weights, target: Mapping[str, Tensor], wrong: list[str], source: str, arch: str) -> None:
     if not wrong:
         return
     name = wrong[0]
-    if name not in own:
+    if name not in target:
         what = f"it holds {name}, which the model does not have"
     elif name not in weights:
         what = f"it lacks {name}"
     else:
-        what = f"{name} is {_shape(weights[name])} in it, {_shape(own[name])} in the model"
+        what = f"{name} is {_shape(weights[name])} in it, {_shape(target[name])} in the model"
     more = len(set(wrong)) - 1
     raise ConfigError(
         f"MODEL.PRETRAINED {source} does not fit {arch}: {what}{f', and {more} more such' if more else ''}"

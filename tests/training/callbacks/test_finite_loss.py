@@ -13,9 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("step", [7, 8, 9])
-def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
-    config, capsys, monkeypatch, step, bad
-):
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_what_was_good(config, capsys, monkeypatch, step, bad):
     """In mid-epoch, at an epoch's end (four steps each) and at the next one's start."""
     real, taken = Classifier.training_step, set()
 

@@ -2,14 +2,14 @@ import contextlib
 
 import torch
 
-from dropit.training.data.seeding import derive_seed, own_generator
+from dropit.training.data.seeding import derive_seed, preserved_generator
 
 
 def test_an_own_generator_leaves_torchs_where_it_was():
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
-    with contextlib.suppress(ValueError), own_generator() as generator:
+    with contextlib.suppress(ValueError), preserved_generator() as generator:
         generator.manual_seed(9)
         torch.rand(2)
         raise ValueError
