@@ -9,14 +9,17 @@ import argparse
 import sys
 from typing import NoReturn
 
-from dropit.training import runs
 from dropit.training.errors import ConfigError, UserError
+from dropit.training.run.evaluate import evaluate
+from dropit.training.run.info import info
+from dropit.training.run.timing import time
+from dropit.training.run.train import train
 
-MODES = {"train": runs.train, "eval": runs.evaluate, "info": runs.info, "time": runs.time}
+MODES = {"train": train, "eval": evaluate, "info": info, "time": time}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its complaints in one line like all others."""
+    """An ArgumentParser that raises its errors, so that they are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
@@ -24,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Flags and KEY VALUE overrides, in any order."""
+    """Return the flags and KEY VALUE overrides, which may be in any order."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--cfg", metavar="FILE", required=True, help="config, a .yaml file")
     parser.add_argument("--mode", choices=tuple(MODES), default="train", help="default: train")
@@ -35,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Run; returns the exit code."""
+    """Run the mode and return the exit code."""
     debug = "--debug" in argv
     try:
         args = parse(argv)

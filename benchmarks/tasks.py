@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import dropit
-from dropit.training.models import build_model
+from dropit.training.model.architectures import build_model
 
 MIB = 2**20
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import dropit
 from dropit.layers import plain_type
-from dropit.training.models import build_model
+from dropit.training.model.architectures import build_model
 
 GAMMA, BLOCK = 0.9, 256
 

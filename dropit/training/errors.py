@@ -1,8 +1,13 @@
-"""What a user is told in one line, and the exit code that goes with it."""
+"""The errors that a user reads in one line, each with its exit code, and the suggestions in them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something that the user can mend: the message says what it is and what would be right."""
+    """An error that the user can fix: the message names what is wrong and what would be right."""
 
     exit_code = 1
 
@@ -15,3 +20,10 @@ class ConfigError(UserError):
 
 class SetupError(UserError):
     """The machine lacks something that the run needs: data, weights, devices, a place to write."""
+
+
+def suggest(name: str, valid: Iterable[str], count: int = 1) -> str:
+    """Return '; did you mean ...?' with the nearest of the valid names, ignoring case; empty if none is near."""
+    by_lower = {other.lower(): other for other in valid}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=count)
+    return f"; did you mean {', '.join(by_lower[other] for other in near)}?" if near else ""

@@ -1,0 +1,1 @@
+"""Lightning callbacks: what a run measures, and what ends it early."""

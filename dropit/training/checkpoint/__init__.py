@@ -1,0 +1,1 @@
+"""Checkpoints: written atomically, verified, and read without running code."""

@@ -1,0 +1,47 @@
+"""Check a config: each value by itself, values together, and keys that have no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from yacs.config import CfgNode
+
+from dropit.training.config.keys import KEYS, Key, flatten
+from dropit.training.errors import ConfigError, suggest
+
+
+def check(cfg: CfgNode, origins: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the first value that is not allowed; ``origins`` says where each key was given."""
+    values = flatten(cfg)
+
+    def refuse(name: str, must: str) -> NoReturn:
+        raise ConfigError(f"{name} must be {must}, got {values[name]!r} ({origins.get(name, 'default')})")
+
+    for name, key in KEYS.items():
+        if not key.allowed.fits(values[name]):
+            refuse(name, key.allowed.text + (suggest(values[name], key.allowed.names) if key.allowed.names else ""))
+    shares = cfg.NUM_NODES * cfg.NUM_GPUS * cfg.SOLVER.ACCUMULATE
+    if cfg.SOLVER.BATCH_SIZE % shares:
+        refuse("SOLVER.BATCH_SIZE", f"a multiple of NUM_NODES * NUM_GPUS * SOLVER.ACCUMULATE ({shares}), its shares")
+    if cfg.SOLVER.ACCUMULATE > 1 and cfg.DROPIT.PROBE_EVERY:
+        refuse("DROPIT.PROBE_EVERY", "0 with SOLVER.ACCUMULATE, as it compares the gradients of one batch")
+    if cfg.PARALLEL == "fsdp" and (cfg.SOLVER.EMA or cfg.DROPIT.PROBE_EVERY):
+        refuse("PARALLEL", "ddp with SOLVER.EMA or DROPIT.PROBE_EVERY, which need whole weights")
+
+
+def ineffective(cfg: CfgNode) -> list[str]:
+    """Return a line for the keys that are not at their defaults, but have no effect under the other settings."""
+    values = flatten(cfg)
+    ignored: dict[str, list[str]] = {}
+    for name, key in KEYS.items():
+        need = _unmet(key, cfg)
+        if need and values[name] != key.default:
+            ignored.setdefault(need, []).append(f"{name} {values[name]}")
+    return [
+        f"{', '.join(keys)} {'has' if len(keys) == 1 else 'have'} no effect {need}" for need, keys in ignored.items()
+    ]
+
+
+def _unmet(key: Key, cfg: CfgNode) -> str | None:
+    return next((need.otherwise for need in key.needs if not need.holds(cfg)), None)

@@ -1,0 +1,1 @@
+"""The data: data sets, transforms, and how the samples reach the model."""

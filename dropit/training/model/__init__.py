@@ -1,0 +1,1 @@
+"""The model: architectures, pretrained weights, frozen and sharded parts, and the LightningModule."""

@@ -1,0 +1,1 @@
+"""The modes of train.py, and what they print."""

@@ -1,0 +1,32 @@
+"""python train.py --mode eval: loss and accuracies of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dropit.training.builders.data import build_data
+from dropit.training.builders.model import build_module
+from dropit.training.builders.trainer import build_trainer
+from dropit.training.checkpoint import saved
+from dropit.training.errors import ConfigError
+from dropit.training.run.start import run_dir, start
+
+_SAME = ("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM")  # as in the checkpoint
+
+
+def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -> None:
+    """Print loss and accuracies of a checkpoint: CKPT, or the best of this config's newest run."""
+    if resume:
+        raise ConfigError("--resume is for --mode train; --mode eval reads CKPT or the newest best.ckpt")
+    cfg = start(cfg_path, overrides)
+    data = build_data(cfg)
+    path = Path(cfg.CKPT) if cfg.CKPT else saved.newest(run_dir(cfg_path, cfg.OUTPUT_DIR), "best")
+    checkpoint = saved.read(path, like=cfg, sections=_SAME)
+    classifier = build_module(cfg, convert=False)
+    classifier.load_state_dict(checkpoint["state_dict"])
+    trainer = build_trainer(cfg)
+    (metrics,) = trainer.validate(classifier, data, verbose=False)
+    if trainer.is_global_zero:
+        print(f"checkpoint   {path}")
+        print("validation   " + ", ".join(f"{tag.removeprefix('val/')} {metrics[tag]:.4f}" for tag in sorted(metrics)))
