@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from dropit.layers.layer import autocast
+from dropit.layers.formats import autocast
 
 
 def _sparse(x: Tensor, gamma: float) -> tuple[Tensor, Tensor]:

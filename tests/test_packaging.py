@@ -19,8 +19,12 @@ ROOT = Path(__file__).parent.parent
 def archives(tmp_path_factory):
     """The wheel and the sdist, built from a copy of the tree."""
     source = tmp_path_factory.mktemp("source") / "dropit"
-    leave = shutil.ignore_patterns(".*", "outputs", "data", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=leave)
+
+    def made_here(directory, names):
+        ignored = set(shutil.ignore_patterns(".*", "*.egg-info", "__pycache__")(directory, names))
+        return ignored | ({"outputs", "data", "build", "dist"} if directory == str(ROOT) else set())
+
+    shutil.copytree(ROOT, source, ignore=made_here)
     build = "import sys; from setuptools import build_meta as b; print(b.build_{}('.'))"
     names = []
     for kind in ("wheel", "sdist"):
