@@ -1,15 +1,12 @@
-"""Find the checkpoints of a run, and read one that fits the config."""
+"""Find and read the checkpoints of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from yacs.config import CfgNode
-
 from dropit.training.checkpoint.files import find_damage, read_file
-from dropit.training.config.keys import flatten
-from dropit.training.errors import ConfigError, SetupError
+from dropit.training.errors import SetupError
 
 # What Lightning and ConfigKeeper put into each.
 _PARTS = {"pytorch-lightning_version", "state_dict", "epoch", "global_step", "config"}
@@ -33,11 +30,11 @@ def version_dir(checkpoint: Path) -> Path:
     return checkpoint.parent.parent
 
 
-def read(path: Path, *, like: CfgNode, sections: tuple[str, ...]) -> dict[str, Any]:
-    """Return a checkpoint that train.py wrote, with a config that equals ``like`` in the ``sections`` that matter.
+def read(path: Path) -> dict[str, Any]:
+    """Return a checkpoint that train.py wrote, with its config as text.
 
-    Raises SetupError where it is damaged, something else, or holds anything but tensors and plain values, and
-    ConfigError where it does not fit.
+    Raises ConfigError if there is no such file, SetupError where it is damaged, something else, or has anything but
+    tensors and plain values in it.
     """
     try:
         checkpoint = read_file(path, "CKPT")
@@ -45,7 +42,6 @@ def read(path: Path, *, like: CfgNode, sections: tuple[str, ...]) -> dict[str, A
         raise SetupError(f"{error}{_beside(path)}") from error
     if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _PARTS or not isinstance(checkpoint["config"], str):
         raise SetupError(f"CKPT {path}: not a checkpoint of train.py{_beside(path)}")
-    _check_same(flatten(CfgNode.load_cfg(checkpoint["config"])), flatten(like), path, sections)
     return checkpoint
 
 
@@ -53,9 +49,3 @@ def _beside(path: Path) -> str:
     """Return what an error says of the other checkpoints beside it."""
     whole = [other.name for other in sorted(path.parent.glob("*.ckpt")) if other != path and not find_damage(other)]
     return f"; beside it {' and '.join(whole)} would do" if whole else ""
-
-
-def _check_same(kept: dict[str, Any], wanted: dict[str, Any], path: Path, sections: tuple[str, ...]) -> None:
-    for key, value in wanted.items():
-        if key.startswith(sections) and key != "MODEL.PRETRAINED" and kept.get(key, value) != value:
-            raise ConfigError(f"{path} does not fit: checkpoint {key} {kept[key]}, config {value}")

@@ -1,4 +1,4 @@
-"""Check a config: each value by itself, values together, and keys that have no effect."""
+"""Check a config: each value, values together, those of a checkpoint, and keys that have no effect."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def check(cfg: CfgNode, origins: Mapping[str, Any]) -> None:
         refuse("DROPIT.PROBE_EVERY", "0 with SOLVER.ACCUMULATE, as it compares the gradients of one batch")
     if cfg.PARALLEL == "fsdp" and (cfg.SOLVER.EMA or cfg.DROPIT.PROBE_EVERY):
         refuse("PARALLEL", "ddp with SOLVER.EMA or DROPIT.PROBE_EVERY, which need whole weights")
+
+
+def check_same(kept: str, cfg: CfgNode, sections: tuple[str, ...], source: object) -> None:
+    """Raise ConfigError where the config that a checkpoint keeps, as text, differs from ``cfg`` in the sections."""
+    before = flatten(CfgNode.load_cfg(kept))
+    for key, value in flatten(cfg).items():
+        if key.startswith(sections) and key != "MODEL.PRETRAINED" and before.get(key, value) != value:
+            raise ConfigError(f"{source} does not fit: checkpoint {key} {before[key]}, config {value}")
 
 
 def ineffective(cfg: CfgNode) -> list[str]:

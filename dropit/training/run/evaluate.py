@@ -9,6 +9,7 @@ from dropit.training.builders.data import build_data
 from dropit.training.builders.model import build_module
 from dropit.training.builders.trainer import build_trainer
 from dropit.training.checkpoint import saved
+from dropit.training.config.check import check_same
 from dropit.training.errors import ConfigError
 from dropit.training.run.start import run_dir, start
 
@@ -22,7 +23,8 @@ def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -
     cfg = start(cfg_path, overrides)
     data = build_data(cfg)
     path = Path(cfg.CKPT) if cfg.CKPT else saved.newest(run_dir(cfg_path, cfg.OUTPUT_DIR), "best")
-    checkpoint = saved.read(path, like=cfg, sections=_SAME)
+    checkpoint = saved.read(path)
+    check_same(checkpoint["config"], cfg, _SAME, path)
     classifier = build_module(cfg, convert=False)
     classifier.load_state_dict(checkpoint["state_dict"])
     trainer = build_trainer(cfg)

@@ -19,6 +19,7 @@ from dropit.training.builders.trainer import TrainingCallbacks, build_callbacks,
 from dropit.training.callbacks.interruption import Interruption
 from dropit.training.checkpoint import saved
 from dropit.training.checkpoint.writer import check_space
+from dropit.training.config.check import check_same
 from dropit.training.data.loading import ImageData
 from dropit.training.errors import ConfigError, SetupError
 from dropit.training.model.classifier import Classifier
@@ -58,7 +59,7 @@ def _find_last(cfg: CfgNode, directory: Path) -> Path:
     """Return the checkpoint to go on from: CKPT, or the newest run's last.ckpt, or its best.ckpt if that is damaged."""
 
     def fits(path: Path) -> Path:
-        saved.read(path, like=cfg, sections=_SAME)
+        check_same(saved.read(path)["config"], cfg, _SAME, path)
         return path
 
     if cfg.CKPT:
