@@ -1,4 +1,4 @@
-"""What thirty-one architectures of torchvision, timm and Hugging Face hold for backward, plain and with DropIT.
+"""What thirty-one architectures of torchvision, timm and Hugging Face save for backward, plain and with DropIT.
 
     python benchmarks/architectures.py [--gamma 0.9]
 
@@ -134,7 +134,7 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
 
 
 def cache_bytes(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> int:
-    """Bytes that a forward pass holds for backward."""
+    """Bytes that a forward pass saves for backward."""
     with dropit.CacheMeter(model, retain=False) as meter:
         value = loss(model)
     del value

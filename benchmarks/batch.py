@@ -1,4 +1,4 @@
-"""The largest batch that fits in a given memory by each way to hold less, and how fast it trains there.
+"""The largest batch that fits in a given memory by each way to save less, and how fast it trains there.
 
     python benchmarks/batch.py [--models resnet18_cifar ...] [--methods plain checkpointing ...] [--memory GIB]
                                [--gamma 0.9] [--autocast] [--output DIRECTORY] [--quick]

@@ -1,4 +1,4 @@
-"""What models hold for backward, by each way to hold less: a table of docs/models.md.
+"""What models save for backward, by each way to save less: a table of docs/models.md.
 
     python benchmarks/memory.py [--models resnet18 vit_b_16 ...] [--methods plain int8 ...] [--strategy fastmink]
                                 [--gamma 0.9] [--batch 4] [--autocast] [--output DIRECTORY]

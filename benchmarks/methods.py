@@ -1,4 +1,4 @@
-"""The ways to hold less that the benchmarks compare, as functions that convert a model in place and return it."""
+"""The ways to save less that the benchmarks compare, as functions that convert a model in place and return it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The scheme of the first release, to compare with: top-k of each Linear and Conv2d input, with int32 positions.
 
-Nothing else lets go of what is dropped. Selection is by magnitude over the whole tensor, as the paper has it. Under
+Other layers still save what is dropped. Selection is by magnitude over the whole tensor, as the paper has it. Under
 autocast, where the release fails, it is given what PyTorch's own layers would compute with.
 """
 

@@ -1,4 +1,4 @@
-"""Time and memory of a training step by each way to hold less, in one run.
+"""Time and memory of a training step by each way to save less, in one run.
 
     python benchmarks/step.py [--models resnet18_cifar vit_b_16] [--methods plain checkpointing ...] [--gamma 0.9]
                               [--repeats 7] [--autocast] [--output DIRECTORY] [--quick]

@@ -100,7 +100,7 @@ def without_noise(model: nn.Module) -> nn.Module:
 
 
 def cache_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
-    """Bytes that what ``run`` computes with ``model`` holds for backward, its result alone alive."""
+    """Bytes that what ``run`` computes with ``model`` saves for backward, its result alone alive."""
     with dropit.CacheMeter(model, retain=False) as meter:
         result = run()
     del result

@@ -21,7 +21,7 @@ train, val = [row for i, row in enumerate(rows) if i % 5], rows[::5]
 
 
 def cache_mib(model: ViTForImageClassification) -> float:
-    """What a training step of 64 images holds for backward."""
+    """What a training step of 64 images saves for backward."""
     model.train()
     with dropit.CacheMeter(model, retain=False) as meter:
         output = model(images[:64], labels=torch.tensor(digits.target[:64]))

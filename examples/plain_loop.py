@@ -26,7 +26,7 @@ def block(inside: int, outside: int) -> nn.Sequential:
 
 
 def cache_mib(model: nn.Module) -> float:
-    """What a training step of 64 images holds for backward."""
+    """What a training step of 64 images saves for backward."""
     with dropit.CacheMeter(model, retain=False) as meter:
         loss = cross_entropy(model(images[:64]), labels[:64])
     del loss
