@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dropit.calibration import Calibration, Choice, Configure, Item, Option, Setting, in_training
-from dropit.convert import Filter, Targets, find_targets, make_policy, remove_state, state_of, swap_in
+from dropit.convert import Filter, Targets, find_targets, make_policy, remove_state, shared_memo, state_of, swap_in
 from dropit.policy import SavePolicy
-from dropit.rematerialize import Memo
 from dropit.saver import Saver
 
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -97,11 +96,11 @@ def fit_budget(
     # With random numbers of their own, layers leave dropout's alone: steps differ in nothing but the setting.
     measured = _with_seed(policy, 0) if policy.is_random and seed is None else policy
     try:
-        _configure(targets, measured, dict.fromkeys(targets, Choice(gamma_max, policy.value_dtype, 8)))
+        _configure(model, targets, measured, dict.fromkeys(targets, Choice(gamma_max, policy.value_dtype, 8)))
         setting = fit(
             model,
             nbytes,
-            lambda setting: _configure(targets, measured, setting),
+            lambda setting: _configure(model, targets, measured, setting),
             lambda: _call(model, example_input),
             loss_fn or _some_loss,
             gamma_min=gamma_min,
@@ -116,7 +115,7 @@ def fit_budget(
             module.__class__ = kind  # type: ignore[assignment]
             vars(module).update(state)
         raise
-    _configure(targets, policy, setting)
+    _configure(model, targets, policy, setting)
     return model
 
 
@@ -128,9 +127,9 @@ def _with_seed(policy: SavePolicy, seed: int) -> SavePolicy:
     return policy
 
 
-def _configure(targets: Targets, policy: SavePolicy, setting: Setting) -> None:
-    """Convert each layer to a policy of its own choice, with a memo that all share."""
-    memo = Memo()
+def _configure(model: nn.Module, targets: Targets, policy: SavePolicy, setting: Setting) -> None:
+    """Convert each layer to the policy of its choice."""
+    memo = shared_memo(model)
     for fqn, (module, swap) in targets.items():
         choice = setting.get(fqn, Choice())
         wanted = swap.drops_input or not swap.quantizes or choice.bits is not None

@@ -86,7 +86,7 @@ def to_dropit(
     )
     targets = find_targets(model, filter_fn)
     _warn_if_nothing_shrinks(policy, model)
-    memo = Memo()
+    memo = shared_memo(model)
     for fqn, (module, swap) in targets.items():
         swap_in(module, swap if _is_wanted(swap, compress) else None, Saver(policy, memo, fqn))
     return model
@@ -134,6 +134,15 @@ def find_targets(model: nn.Module, filter_fn: Filter | None) -> Targets:
     if not any(swap.drops_input for _, swap in targets.values()):
         raise ValueError(_nothing_converted(model))
     return targets
+
+
+def shared_memo(model: nn.Module) -> Memo:
+    """Return a memo for the layers of ``model``, which those that were converted before share from now on."""
+    memo = Memo()
+    for module in model.modules():
+        if "_dropit_saver" in vars(module):
+            vars(module)["_dropit_saver"].memo = memo
+    return memo
 
 
 def swap_in(module: nn.Module, swap: type[DropITLayer] | None, saver: Saver) -> None:

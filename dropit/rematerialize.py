@@ -9,8 +9,8 @@ The rules:
 
 - Who publishes: a layer whose output follows from what it saves (normalization, smooth activations), and one whose
   output follows from an input that was published (ReLU, max-pooling).
-- Who may read: any layer converted in the same call of ``to_dropit`` that is given the published tensor itself, or a
-  view that has the same elements.
+- Who may read: any layer of the model that ``to_dropit`` was called for, converted in this call or before, that is
+  given the published tensor itself, or a view that has the same elements.
 - What ends it: a change of the tensor, noticed by its version and, on a CPU, by a digest of its elements
   (:class:`dropit.snapshot.Snapshot`). What was packed of an input is given once to each reader, so that a tensor that
   lives on, as a buffer refilled for each batch, is packed again in the next pass.

@@ -229,3 +229,16 @@ def test_a_change_of_a_parameter_after_publication_does_not_reach_the_reader():
     (grad,) = torch.autograd.grad(linear(y), linear.weight, grad_output)
     exact = grad_output.t() @ y.detach()
     assert (grad - exact).norm() < 0.01 * exact.norm()
+
+
+def test_layers_of_a_model_that_is_converted_in_two_calls_share():
+    plain, x, sizes = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.Linear(64, 8)), torch.randn(40, 64), []
+    for calls in (["012"], ["02", "1"], ["1", "02"]):
+        model = copy.deepcopy(plain)
+        for names in calls:
+            dropit.to_dropit(model, compress="int8", filter_fn=lambda _, fqn, names=names: fqn in names)
+        with dropit.CacheMeter(model) as meter:
+            y = model(x)
+        sizes.append(meter.total_bytes)
+        del y
+    assert len(set(sizes)) == 1
