@@ -13,12 +13,17 @@ from tests import processes
 ROOT = Path(__file__).parent.parent
 
 
+def left_out(directory, names):
+    """What runs and builds leave in the tree; data and outputs are theirs only at its root."""
+    patterns = [".*", "build", "dist", "*.egg-info", "__pycache__", *(["outputs", "data"] * (Path(directory) == ROOT))]
+    return shutil.ignore_patterns(*patterns)(directory, names)
+
+
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory):
     """The wheel and the sdist, built from a copy of the tree."""
     source = tmp_path_factory.mktemp("source") / "dropit"
-    leave = shutil.ignore_patterns(".*", "outputs", "data", "build", "dist", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=leave)
+    shutil.copytree(ROOT, source, ignore=left_out)
     build = "import sys; from setuptools import build_meta as b; print(b.build_{}('.'))"
     names = []
     for kind in ("wheel", "sdist"):
