@@ -78,9 +78,9 @@ def _find_last(cfg: CfgNode, directory: Path) -> Path:
 
 def _build(cfg: CfgNode, data: ImageData, *, resume: bool) -> Classifier:
     """Return the module; a budget is measured with the weights that the run began with, when it is resumed too."""
-    budget = cfg.MODEL.DROPIT and cfg.DROPIT.BUDGET_MB > 0
-    sample = data.sample() if budget else None
-    return build_module(cfg, convert=cfg.MODEL.DROPIT, pretrained=budget or not resume, sample=sample)
+    sample = data.sample()  # without a budget, too: errors in the images then come before the run has a directory
+    pretrained = not resume or cfg.DROPIT.BUDGET_MB > 0
+    return build_module(cfg, convert=cfg.MODEL.DROPIT, pretrained=pretrained, sample=sample)
 
 
 def _make(directory: Path) -> None:

@@ -29,6 +29,7 @@ BAD = {
     "unknown arch": (["MODEL.ARCH", "vit_tinny"], 2, "did you mean vit_tiny?"),
     "unknown data set": (["DATASET", "mnist"], 2, "DATASET must be one of digits, cifar10, cifar100, imagenet"),
     "missing data": (["TRAIN.PATH", "no/such"], 1, "TRAIN.PATH no/such is not a directory: expected"),
+    "images too small": (["TRAIN.CROP", "pad", "INPUT.SIZE", "64"], 2, "TRAIN.CROP pad takes INPUT.SIZE 64"),
     "no layer converted": (["DROPIT.SKIP", "*"], 2, "converted 0 of 14"),
     "too few GPUs": (["NUM_GPUS", "2", "ACCELERATOR", "gpu"], 1, "ACCELERATOR cpu runs on the CPU"),
     "nothing to resume": (["--resume"], 1, "no checkpoint last.ckpt below"),
