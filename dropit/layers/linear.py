@@ -61,7 +61,7 @@ class DropITLinearFunction(LayerFunction):
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """(..., n) -> (samples, n), of which either may be none."""
+    """(..., n) -> (samples, n), of which either may be 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -78,15 +78,16 @@ def dropit_linear(
     """Compute ``F.linear``, and save for backward only what ``saver`` says of ``input`` (..., in).
 
     An input that is saved as it is, or not at all, is left to PyTorch. ``role`` tells a layer's inputs apart.
-    ``flat``: compute and return (samples, out), which is another order of sums.
+    ``flat``: compute and return (samples, out), which sums in another order.
     """
-    plain = as_rows(input) if flat else input
+    plain_input = as_rows(input) if flat else input
     if not weight.requires_grad or not input.is_floating_point() or is_mapped(weight):
-        return F.linear(plain, weight, bias)
+        return F.linear(plain_input, weight, bias)
     x, w, b = autocast(input, weight, bias)
+    # What was published is found by ``input``, of which ``x`` may be a cast copy.
     saved = saver.save(x, input, batch_dim=batch_dim, role=role)
     if saved is None:
-        return F.linear(plain, weight, bias)
+        return F.linear(plain_input, weight, bias)  # which casts by itself under autocast
     x = as_rows(x) if flat else x
     return DropITLinearFunction.apply(x, w, b, anchor(x), saved.recipe, *saved.tensors)  # type: ignore[no-any-return]
 
@@ -102,5 +103,5 @@ class DropITLinear(DropITLayer, nn.Linear):
         """input: (..., in_features). Returns (..., out_features)."""
         if not self.is_active(input=input):
             return super().forward(input)
-        # Each is read once: a parametrization computes it, and may go on with each reading.
+        # Each is read once: a parametrization computes it at each reading, and may change state (spectral norm).
         return dropit_linear(input, self.weight, self.bias, self._dropit_saver)
