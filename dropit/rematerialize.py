@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropit.packed import Layout, Packed, is_dense_in_memory, layout_of, unflatten
-from dropit.saved import Saved
+from dropit.saved import Saved, cast
 from dropit.snapshot import Snapshot
 from dropit.tracing import is_traced
 
@@ -92,8 +92,8 @@ class Memo:
             published = found.published
             if found.versions != _versions(published.saved) or not found.snapshot.scope.is_current():
                 published = published.out_of_reach()
-            if source is x:
-                return published
+            if source is x:  # which may be in another dtype than what weights in float32 make of a restored tensor
+                return published.map("", partial(cast, x.dtype))
             if x.numel() == source.numel() and is_dense_in_memory(x) and is_dense_in_memory(source):
                 return published.map("view", partial(_viewed, layout_of(source), layout_of(x)))
         return None

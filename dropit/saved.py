@@ -16,7 +16,7 @@ from dropit.packed import Layout, Packed
 class _Step(NamedTuple):
     """``function(x, *tensors)`` of the tensor x so far, or ``function(*tensors)`` in the first step."""
 
-    name: str
+    name: str  # "" for what is not to be shown
     function: Callable[..., Tensor]
     tensors: int  # how many of the saved tensors it takes
 
@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
         return x
 
     def __repr__(self) -> str:
-        return " -> ".join(step.name for step in self.steps)
+        return " -> ".join(step.name for step in self.steps if step.name)
 
 
 class Saved(NamedTuple):
@@ -58,7 +58,7 @@ class Saved(NamedTuple):
 
     def cast(self, dtype: torch.dtype) -> Saved:
         """Return what gives the dense tensor in ``dtype``."""
-        return self.map(str(dtype).removeprefix("torch."), partial(_cast, dtype))
+        return self.map(str(dtype).removeprefix("torch."), partial(cast, dtype))
 
     def restore(self) -> Tensor:
         """Compute the dense tensor, or close to it."""
@@ -80,5 +80,6 @@ def _unpack(layout: Layout, values: Tensor, positions: Tensor | None, scales: Te
     return ops.unpack(Packed(values, positions, scales, layout))
 
 
-def _cast(dtype: torch.dtype, x: Tensor) -> Tensor:
+def cast(dtype: torch.dtype, x: Tensor) -> Tensor:
+    """Return ``x`` in ``dtype``."""
     return x.to(dtype)

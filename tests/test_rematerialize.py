@@ -242,3 +242,13 @@ def test_layers_of_a_model_that_is_converted_in_two_calls_share():
         sizes.append(meter.total_bytes)
         del y
     assert len(set(sizes)) == 1
+
+
+def test_what_is_restored_has_the_dtype_of_the_tensor_that_is_read():
+    norm, linear = nn.BatchNorm1d(64), nn.Linear(64, 8, dtype=torch.bfloat16)  # weights in float32 make it float32
+    dropit.to_dropit(nn.Sequential(norm, linear), compress="int8")
+    y = norm(torch.randn(40, 64, dtype=torch.bfloat16))
+    grad_output = torch.randn(40, 8, dtype=torch.bfloat16)
+    linear(y).backward(grad_output)
+    exact = grad_output.t() @ y.detach()
+    assert (linear.weight.grad - exact).norm() < 0.02 * exact.norm()
