@@ -1,6 +1,7 @@
 import faulthandler
 import multiprocessing
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,40 @@ from tests import processes
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when first imported, which PyTorch itself may do
 
+TESTS = Path(__file__).parent
 processes.guard_session()
 # The workers of a data loader are forks by default before Python 3.14, of a process in which OpenMP's threads have run.
 # Here they are forks of a fresh interpreter, which has imported what takes long and run nothing.
 multiprocessing.set_start_method("forkserver", force=True)
 multiprocessing.set_forkserver_preload(["torch", "torchvision", "pytorch_lightning", "dropit"])
 
+# Whole models, trainings, processes and compilers. Marked thorough: a change to one part is tested by the other files.
+THOROUGH = (
+    "layers/test_functional_attention.py",
+    "layers/test_random.py",
+    "test_architectures.py",
+    "test_behaviour.py",
+    "test_budget.py",
+    "test_calibration.py",
+    "test_compile.py",
+    "test_configs.py",
+    "test_distributed.py",
+    "test_docs.py",
+    "test_examples.py",
+    "test_fuzz.py",
+    "test_huggingface.py",
+    "test_lightning.py",
+    "test_packaging.py",
+    "test_processes.py",
+    "test_quantized_error.py",
+    "training/builders/",
+    "training/callbacks/",
+    "training/checkpoint/",
+    "training/data/",
+    "training/model/",
+    "training/run/",
+    "training/test_processes.py",
+)
 SLOW_LIMIT = 7200  # seconds for each test marked slow; pyproject.toml has the limit of the others
 GRACE = 60  # seconds more, for a test that does not let itself be stopped
 STDERR = pytest.StashKey[int]()
@@ -23,6 +52,8 @@ STDERR = pytest.StashKey[int]()
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        if str(item.path.relative_to(TESTS)).startswith(THOROUGH):
+            item.add_marker(pytest.mark.thorough)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
 
