@@ -52,7 +52,7 @@ STDERR = pytest.StashKey[int]()
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if str(item.path.relative_to(TESTS)).startswith(THOROUGH):
+        if str(item.path).removeprefix(f"{TESTS}/").startswith(THOROUGH):
             item.add_marker(pytest.mark.thorough)
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_LIMIT))
