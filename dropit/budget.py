@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dropit.calibration import Calibration, Choice, Configure, Item, Option, Setting, in_training
-from dropit.convert import Filter, Targets, find_targets, make_policy, remove_state, shared_memo, state_of, swap_in
+from dropit.convert import Filter, Targets, find_targets, make_policy, memo_of, remove_state, state_of, swap_in
 from dropit.policy import SavePolicy
 from dropit.saver import Saver
 
@@ -129,7 +129,7 @@ def _with_seed(policy: SavePolicy, seed: int) -> SavePolicy:
 
 def _configure(model: nn.Module, targets: Targets, policy: SavePolicy, setting: Setting) -> None:
     """Convert each layer to the policy of its choice."""
-    memo = shared_memo(model)
+    memo = memo_of(model)
     for fqn, (module, swap) in targets.items():
         choice = setting.get(fqn, Choice())
         wanted = swap.drops_input or not swap.quantizes or choice.bits is not None

@@ -86,7 +86,7 @@ def to_dropit(
     )
     targets = find_targets(model, filter_fn)
     _warn_if_nothing_shrinks(policy, model)
-    memo = shared_memo(model)
+    memo = memo_of(model)
     for fqn, (module, swap) in targets.items():
         swap_in(module, swap if _is_wanted(swap, compress) else None, Saver(policy, memo, fqn))
     return model
@@ -136,13 +136,10 @@ def find_targets(model: nn.Module, filter_fn: Filter | None) -> Targets:
     return targets
 
 
-def shared_memo(model: nn.Module) -> Memo:
-    """Return a memo for the layers of ``model``, which those that were converted before share from now on."""
-    memo = Memo()
-    for module in model.modules():
-        if "_dropit_saver" in vars(module):
-            vars(module)["_dropit_saver"].memo = memo
-    return memo
+def memo_of(model: nn.Module) -> Memo:
+    """Return the memo of a layer of ``model`` that was converted before, or a new one."""
+    savers = (vars(module).get("_dropit_saver") for module in model.modules())
+    return next((saver.memo for saver in savers if saver is not None), None) or Memo()
 
 
 def swap_in(module: nn.Module, swap: type[DropITLayer] | None, saver: Saver) -> None:

@@ -115,8 +115,11 @@ class Memo:
         if _can_share(source) and not packed.is_dense:
             self._inputs[source] = _SharedInput(packed, key, Snapshot.of(source), {reader})
 
+    def __deepcopy__(self, _: Any) -> Memo:
+        return self  # layers that are copied one by one still share
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Memo, ()  # a copy of a model shares nothing with it
+        return Memo, ()  # what is pickled is of another process
 
 
 def _can_share(source: Tensor) -> bool:

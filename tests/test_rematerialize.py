@@ -244,6 +244,41 @@ def test_layers_of_a_model_that_is_converted_in_two_calls_share():
     assert len(set(sizes)) == 1
 
 
+def saved_bytes(model, x):
+    with dropit.CacheMeter(model) as meter:
+        y = model(x)
+    del y
+    return meter.total_bytes
+
+
+def chain():
+    layers = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*copy.deepcopy(layers), *copy.deepcopy(layers), nn.Conv2d(8, 4, 1))
+
+
+def test_layers_still_share_after_a_part_was_converted_again_or_a_budget_was_not_met():
+    model, x = dropit.to_dropit(chain(), compress="int8"), torch.randn(2, 8, 8, 8)
+    before = saved_bytes(model, x)
+    with pytest.raises(ValueError, match="cannot be met"):
+        dropit.fit_budget(model, 10, x, filter_fn=lambda layer, _: isinstance(layer, nn.Conv2d))
+    assert saved_bytes(model, x) == before
+    dropit.to_dropit(model[3], compress="int8")
+    assert saved_bytes(model, x) == before
+
+
+def test_layers_that_are_copied_one_by_one_still_share():
+    model, x = dropit.to_dropit(chain(), compress="int8"), torch.randn(2, 8, 8, 8)
+    assert saved_bytes(nn.Sequential(*map(copy.deepcopy, model)), x) == saved_bytes(model, x)
+
+
+def test_a_layer_in_two_models_stays_with_the_first():
+    first, second, x = chain(), chain(), torch.randn(2, 8, 8, 8)
+    second[3] = first[3]
+    before = saved_bytes(dropit.to_dropit(first, compress="int8"), x)
+    dropit.to_dropit(second, compress="int8", filter_fn=lambda _, fqn: fqn != "3")
+    assert saved_bytes(first, x) == before
+
+
 def test_what_is_restored_has_the_dtype_of_the_tensor_that_is_read():
     norm, linear = nn.BatchNorm1d(64), nn.Linear(64, 8, dtype=torch.bfloat16)  # weights in float32 make it float32
     dropit.to_dropit(nn.Sequential(norm, linear), compress="int8")

@@ -72,7 +72,7 @@ class DropITMultiheadAttention(DropITLayer, nn.MultiheadAttention):
         return output.transpose(0, 1) if self.batch_first else output, weights_out
 
     def _has_gradients(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        if not self.is_active(query=query, key=key, value=value) or is_parametrized(self):
+        if not self.dropit_is_active(query=query, key=key, value=value) or is_parametrized(self):
             return False
         if not query.is_floating_point() or query.numel() == 0:
             return False

@@ -130,7 +130,7 @@ class _DropITConv(DropITLayer, nn.modules.conv._ConvNd):
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
         # Each is read once: a parametrization computes it, and may go on with each reading.
         weight, bias = self.weight, self.bias
-        if not self.is_active(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
+        if not self.dropit_is_active(input=input) or not is_usual(input, weight) or "_conv_forward" in self.__dict__:
             return self._conv_forward(input, weight, bias)  # which may be replaced on the module, to pad in another way
         if not weight.requires_grad and _casts_once(input, bias):
             return self._conv_forward(input, weight, bias)
@@ -166,7 +166,7 @@ class _DropITConvTranspose(DropITLayer, nn.modules.conv._ConvTransposeNd):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """input: (N, in_channels, *spatial) or (in_channels, *spatial)."""
-        if not self.is_active(input=input):
+        if not self.dropit_is_active(input=input):
             return super().forward(input, output_size)  # type: ignore[misc, no-any-return]
         weight, bias = self.weight, self.bias  # read once
         dimensions = weight.dim() - 2

@@ -28,7 +28,7 @@ class DropITFunctionalAttention(DropITLayer, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        if not self.is_active():
+        if not self.dropit_is_active():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         others = [module for module in self.modules() if _is_plain(module)]
         if others and torch.compiler.is_compiling():  # which has no place for hooks

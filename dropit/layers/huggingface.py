@@ -22,7 +22,7 @@ class DropITConv1D(DropITLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., nx). Returns (..., nf)."""
-        if not self.is_active(input=x):
+        if not self.dropit_is_active(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
         return dropit_linear(x, self.weight.t(), self.bias, self._dropit_saver)  # each is read once
 

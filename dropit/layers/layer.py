@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dropit.rematerialize import Memo
 from dropit.saver import Saver
 from dropit.tracing import is_mapped
 
@@ -59,7 +60,13 @@ class DropITLayer(nn.Module):
     def __init_subclass__(cls, **_: Any) -> None:
         """Do not call the plain class's, which may keep a list of its subclasses."""
 
-    def is_active(self, **inputs: Tensor) -> bool:
+    @property
+    def _dropit_memo(self) -> Memo:
+        """What it shares with other layers; nothing, if it was not converted but made by hand."""
+        saver = vars(self).get("_dropit_saver")
+        return Memo() if saver is None else saver.memo
+
+    def dropit_is_active(self, **inputs: Tensor) -> bool:
         """Whether this forward pass saves for backward as DropIT does: in training, with gradients on.
 
         ``inputs``: by role, those that it may save; nested tensors are left to PyTorch. Those of a pass without
@@ -75,11 +82,13 @@ class DropITLayer(nn.Module):
         return len(dense) == len(inputs)
 
     def saves(self, input: Tensor) -> bool:
-        """Whether this forward pass saves anything: where a gradient of the input or of a parameter is wanted."""
-        if not self.is_active(input=input):
+        """Whether this forward pass saves anything: where a gradient of the input, or of a weight, is wanted."""
+        if not self.dropit_is_active(input=input):
             return False
+        if not (self.drops_input or self.quantizes):
+            return input.requires_grad
         wanted = input.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False))
-        return wanted and not (self.quantizes and is_mapped(input))
+        return wanted and not is_mapped(input)
 
     def publish_unsaved(self, output: Tensor) -> Tensor:
         """Publish ``output`` without what is saved, in a pass in training without gradients. Returns it."""
@@ -91,7 +100,7 @@ class DropITLayer(nn.Module):
         """Return ``forward(input)``; in a pass in training without gradients, published if ``input`` was."""
         if not self.training or torch.is_grad_enabled() or self._dropit_off:
             return forward(input)
-        memo = self._dropit_saver.memo
+        memo = self._dropit_memo
         published, output = memo.published(input), forward(input)
         if published is not None and isinstance(output, Tensor):
             memo.publish(output, published.out_of_reach())

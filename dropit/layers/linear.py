@@ -101,7 +101,7 @@ class DropITLinear(DropITLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features). Returns (..., out_features)."""
-        if not self.is_active(input=input):
+        if not self.dropit_is_active(input=input):
             return super().forward(input)
         # Each is read once: a parametrization computes it at each reading, and may change state (spectral norm).
         return dropit_linear(input, self.weight, self.bias, self._dropit_saver)

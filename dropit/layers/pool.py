@@ -126,10 +126,10 @@ class _DropITMaxPool(DropITLayer, nn.modules.pooling._MaxPoolNd):
             return self.pass_on_unsaved(super().forward, input)  # type: ignore[misc]
         input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)
         if self.dimensions > 1:
-            return dropit_max_pool(input, windows, self._dropit_saver.memo)
+            return dropit_max_pool(input, windows, self._dropit_memo)
         # One dimension is two, as PyTorch has it.
         flat = Windows((1, *windows[0]), (1, *windows[1]), (0, *windows[2]), (1, *windows[3]), self.ceil_mode)
-        return dropit_max_pool(input.unsqueeze(-2), flat, self._dropit_saver.memo).squeeze(-2)
+        return dropit_max_pool(input.unsqueeze(-2), flat, self._dropit_memo).squeeze(-2)
 
     def _windows(self) -> Windows:
         count, stride = self.dimensions, self.kernel_size if self.stride is None else self.stride

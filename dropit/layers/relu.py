@@ -110,7 +110,7 @@ class DropITReLU(DropITLayer, nn.ReLU):
         """input: any shape."""
         if not self.saves(input):
             return self.pass_on_unsaved(super().forward, input)
-        return dropit_relu(input, self._dropit_saver.memo, self.inplace)
+        return dropit_relu(input, self._dropit_memo, self.inplace)
 
 
 @register
@@ -125,7 +125,7 @@ class DropITHardtanh(DropITLayer, nn.Hardtanh):
         hidden = self.inplace and not exact  # the output does not tell what the input would
         if not self.saves(input) or hidden or self.max_val == math.inf:
             return self.pass_on_unsaved(super().forward, input)
-        return dropit_relu(input, self._dropit_saver.memo, self.inplace, lower=self.min_val, upper=self.max_val)
+        return dropit_relu(input, self._dropit_memo, self.inplace, lower=self.min_val, upper=self.max_val)
 
 
 @register
@@ -145,4 +145,4 @@ class DropITLeakyReLU(DropITLayer, nn.LeakyReLU):
         """input: any shape."""
         if not self.saves(input) or self.negative_slope <= 0:
             return self.pass_on_unsaved(super().forward, input)
-        return dropit_relu(input, self._dropit_saver.memo, self.inplace, slope=self.negative_slope)
+        return dropit_relu(input, self._dropit_memo, self.inplace, slope=self.negative_slope)

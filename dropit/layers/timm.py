@@ -67,7 +67,7 @@ class DropITScaledStdConv2d(DropITLayer, ScaledStdConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W)."""
-        if not self.is_active(input=x):
+        if not self.dropit_is_active(input=x):
             return super().forward(x)  # type: ignore[no-any-return]
         # Each is read as often as by timm, and in its order: a parametrization may go on with each reading.
         rows = self.weight.reshape(1, self.out_channels, -1)

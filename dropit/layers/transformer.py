@@ -18,7 +18,7 @@ class _DropITFeedForward(DropITLayer):
         hidden = self.linear1(x)
         saver = getattr(self.linear1, "_dropit_saver", None)
         if self.activation is F.relu and self.saves(hidden):
-            hidden = dropit_relu(hidden, self._dropit_saver.memo)
+            hidden = dropit_relu(hidden, self._dropit_memo)
         elif self.activation is F.gelu and saver is not None and saver.bits is not None and self.saves(hidden):
             hidden = dropit_activation(hidden, "gelu", saver)
         else:

@@ -123,3 +123,11 @@ def test_bounds_that_the_dtype_cannot_hold(bounds, dtype, inplace):
     grad_output = torch.randn_like(x)
     got, expected = (output_and_gradient(module, x, grad_output) for module in (swapped(plain), plain))
     assert all(map(torch.equal, got, expected))
+
+
+@pytest.mark.parametrize("plain", [nn.ReLU(), nn.MaxPool2d(2)], ids=lambda layer: type(layer).__name__)
+def test_a_layer_that_was_made_by_hand_shares_nothing_and_works(plain):
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    layer = SWAPS[type(plain)](*([2] if isinstance(plain, nn.MaxPool2d) else []))
+    grads = [torch.autograd.grad(module(x).sum(), x)[0] for module in (plain, layer)]
+    assert torch.equal(*grads)
