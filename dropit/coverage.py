@@ -17,6 +17,7 @@ from dropit.layers import (
     DropITLayer,
     in_the_way,
     is_converted,
+    is_lossless,
     parent_in_table,
     plain_type,
     swap_for,
@@ -97,9 +98,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
 
 
 def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
-    if meter is None or not isinstance(module, DropITLayer) or not is_converted(module):
-        return ""
-    if not (module.drops_input or module.quantizes):
+    if meter is None or not isinstance(module, DropITLayer) or not is_converted(module) or is_lossless(module):
         return ""
     if fqn not in meter.ran():
         return "not called: another module may read its weight by itself"

@@ -12,7 +12,7 @@ from dropit.layers import (
     relu,
     transformer,
 )
-from dropit.layers.layer import DropITLayer, is_converted
+from dropit.layers.layer import DropITLayer, is_converted, is_lossless
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import (
     PARTS_OF_FORWARD,
@@ -40,6 +40,7 @@ __all__ = [
     "has_fixed_type",
     "in_the_way",
     "is_converted",
+    "is_lossless",
     "norm",
     "parent_in_table",
     "plain_type",

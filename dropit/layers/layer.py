@@ -76,7 +76,7 @@ class DropITLayer(nn.Module):
             return False
         dense = {role: x for role, x in inputs.items() if not x.is_nested}
         if not torch.is_grad_enabled():
-            if self.drops_input or self.quantizes:
+            if not is_lossless(self):
                 self._dropit_saver.note_unsaved(dense)
             return False
         return len(dense) == len(inputs)
@@ -85,7 +85,7 @@ class DropITLayer(nn.Module):
         """Whether this forward pass saves anything: where a gradient of the input, or of a weight, is wanted."""
         if not self.dropit_is_active(input=input):
             return False
-        if not (self.drops_input or self.quantizes):
+        if is_lossless(self):
             return input.requires_grad
         wanted = input.requires_grad or any(p.requires_grad for p in self.parameters(recurse=False))
         return wanted and not is_mapped(input)
@@ -131,7 +131,12 @@ class DropITLayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _notes_policy(self) -> bool:
-        return (self.drops_input or self.quantizes) and not self._dropit_off
+        return not is_lossless(self) and not self._dropit_off
+
+
+def is_lossless(layer: DropITLayer) -> bool:
+    """Whether the layer approximates no gradient."""
+    return not (layer.drops_input or layer.quantizes)
 
 
 def is_converted(module: nn.Module) -> bool:
