@@ -62,6 +62,19 @@ def test_outputs_and_buffers_of_norms_are_pytorchs(name, dtype, frozen):
         assert (one - other).norm() <= 0.02 * other.norm()
 
 
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_compute_under_autocast_in_the_dtype_in_which_pytorch_does(name):
+    plain = copy.deepcopy(NORMS[name]).cuda()
+    ours = dropit.to_dropit(nn.Sequential(copy.deepcopy(plain), nn.Linear(8, 8)).cuda(), compress="int8")[0]
+    x = torch.randn(4, 8, 8, 8, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        outputs = [module(x) for module in (plain, ours)]
+    grads = [torch.autograd.grad(y, x, torch.ones_like(y) * x.detach()) for y in outputs]
+    assert outputs[0].dtype is outputs[1].dtype
+    assert torch.equal(*outputs)
+    assert (grads[0][0] - grads[1][0]).norm() <= 0.02 * grads[0][0].norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_dropout_is_pytorchs_bit_for_bit(dtype):
     x = torch.randn(100, 100, device="cuda", dtype=dtype, requires_grad=True)

@@ -249,7 +249,7 @@ class DropITLayerNorm(DropITLayer, nn.LayerNorm):
 
 def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, saver: Saver) -> Tensor:
     """Compute what ``layer`` does of (..., C), and save the normalized input in ``saver.bits`` bits."""
-    x, w, b = _in_float(input, layer.weight, layer.bias)
+    x, w, b = _in_float("layer_norm", input, layer.weight, layer.bias)
     shape = layer.normalized_shape
     with torch.no_grad():
         output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
@@ -276,7 +276,7 @@ class DropITGroupNorm(DropITLayer, nn.GroupNorm):
         """input: (N, C, *spatial)."""
         if not self.saves(input) or input.numel() == 0:
             return self.publish_unsaved(super().forward(input))
-        x, w, b = _in_float(input, self.weight, self.bias)
+        x, w, b = _in_float("group_norm", input, self.weight, self.bias)
         sizes = _group_sizes(x, self.num_groups)
         with torch.no_grad():
             memory_format = torch.contiguous_format if x.is_cuda else suggest_memory_format(x)
@@ -305,7 +305,7 @@ class DropITRMSNorm(DropITLayer, nn.RMSNorm):
         """x: (..., *normalized_shape)."""
         if not self.saves(x) or x.dtype not in _DEFAULT_EPS:
             return self.publish_unsaved(super().forward(x))
-        x, w, _ = _in_float(x, self.weight, None)
+        x, w, _ = _in_float("rms_norm", x, self.weight, None)
         with torch.no_grad():
             output = F.rms_norm(x, self.normalized_shape, w, self.eps)
             dims = list(range(-len(self.normalized_shape), 0))
@@ -388,8 +388,19 @@ def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
-def _in_float(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As autocast on a GPU has these layers computed; on the CPU it leaves them alone."""
-    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype is not torch.float64:
+# Operators that autocast on a GPU computes in float32, which of rms_norm is so from PyTorch 2.12 on.
+_FLOAT_IN_AUTOCAST = frozenset(
+    name
+    for name in ("layer_norm", "group_norm", "rms_norm")
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "AutocastCUDA")
+)
+
+
+def _in_float(
+    operator: str, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """In the dtype in which autocast on a GPU has ``operator`` computed; on the CPU it leaves them alone."""
+    in_autocast = x.is_cuda and torch.is_autocast_enabled("cuda") and operator in _FLOAT_IN_AUTOCAST
+    if in_autocast and x.dtype is not torch.float64:
         return x.float(), *(None if tensor is None else tensor.float() for tensor in (weight, bias))  # type: ignore[return-value]
     return x, weight, bias
