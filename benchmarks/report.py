@@ -7,8 +7,10 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -48,6 +50,13 @@ def write(directory: str | None, name: str, records: list[dict[str, Any]], markd
     stem.with_suffix(".json").write_text(json.dumps({"environment": where, "records": records}, indent=1) + "\n")
     facts = "\n".join(f"- {key}: {value}" for key, value in where.items())
     stem.with_suffix(".md").write_text(f"# {name}\n\n{facts}\n\n{markdown}\n")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of at least two values, and half the width of its 95 % confidence interval, by Student's t."""
+    from scipy.stats import t
+
+    return mean(values), t.ppf(0.975, len(values) - 1) * stdev(values) / len(values) ** 0.5
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

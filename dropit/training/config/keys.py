@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from dropit import COMPRESS, STRATEGIES, VALUE_DTYPES
 from dropit.training.data.datasets import DATASETS, UNREADABLE
 from dropit.training.data.transforms import AUTO_AUGMENTS, CROPS
-from dropit.training.model.architectures import ARCHS, STEMS, known_arch
+from dropit.training.model.architectures import ARCHS, STEMS, TINY, known_arch
 from dropit.training.solver.recipe import NO_DECAY, OPTIMIZERS, SCHEDULES
 
 
@@ -71,7 +71,7 @@ _FACTOR = Allowed("in (0, 1]", lambda value: 0 < value <= 1)
 _RATE = Allowed("in [0, 1), or -1 for the model's own", lambda value: 0 <= value < 1 or value == -1)
 _SHARE = Allowed("[low, high] with 0 < low <= high <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 _BETAS = Allowed("two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v))
-_ARCH = Allowed("a torchvision classifier, vit_tiny, resnet_tiny, timm/NAME or hf/NAME", known_arch, names=ARCHS)
+_ARCH = Allowed(f"a torchvision classifier, {', '.join(TINY)}, timm/NAME or hf/NAME", known_arch, names=ARCHS)
 
 _FILES = Need("with DATASET fake", lambda cfg: cfg.DATASET != "fake")
 _FOLDER = Need("without TRAIN.PATH or VAL.PATH", lambda cfg: bool(cfg.TRAIN.PATH or cfg.VAL.PATH))
@@ -140,7 +140,7 @@ _KEYS = (
     Key("INPUT.STD", [0.229, 0.224, 0.225], _three("above 0", lambda value: 0 < value < float("inf")),
         "Standard deviation of each channel, of values in [0, 1]"),
     Key("MODEL.ARCH", "resnet18", _ARCH,
-        "A torchvision classifier by name, vit_tiny, resnet_tiny, timm/NAME, or hf/NAME (a type or a local directory)"),
+        f"A torchvision classifier by name, {', '.join(TINY)}, timm/NAME, or hf/NAME (a type or a local directory)"),
     Key("MODEL.NUM_CLASSES", 1000, Allowed("at least 2", lambda value: value >= 2), "Outputs of the classifier"),
     Key("MODEL.STEM", "imagenet", _one_of(STEMS),
         "Stem of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3)"),

@@ -1,4 +1,4 @@
-"""The models: torchvision's classifiers, two tiny ones of the same classes, and those of timm and transformers."""
+"""The models: torchvision's classifiers, small ones of the same classes, and those of timm and transformers."""
 
 from __future__ import annotations
 
@@ -24,12 +24,47 @@ def vit_tiny(num_classes: int, image_size: int, **rates: float) -> tv.VisionTran
     return tv.VisionTransformer(image_size, patch, num_classes=num_classes, **shape, **rates)
 
 
+def vit_lite(num_classes: int, image_size: int, **rates: float) -> tv.VisionTransformer:
+    """Return ViT-Lite-7/4 (Hassani et al. 2021, table 3): 7 layers, 256 channels, 4 x 4 pixels: 3.7 M parameters."""
+    shape = {"num_layers": 7, "num_heads": 4, "hidden_dim": 256, "mlp_dim": 512}
+    return tv.VisionTransformer(image_size, 4, num_classes=num_classes, **shape, **rates)
+
+
 def resnet_tiny(num_classes: int) -> ResNet:
     """Return a ResNet of one basic block in each of four stages: 5 M parameters."""
     return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=num_classes)
 
 
-TINY: dict[str, Callable[..., nn.Module]] = {"vit_tiny": vit_tiny, "resnet_tiny": resnet_tiny}
+class CifarResNet(ResNet):
+    """A ResNet for 32 x 32 images: three stages of 16, 32 and 64 channels (He et al. 2016, section 4.2).
+
+    Its shortcuts are torchvision's: a 1x1 convolution where the shape changes.
+    """
+
+    def __init__(self, blocks: int, num_classes: int) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1], num_classes)
+        self.inplanes = 16
+        self.conv1 = _stem_convolution(16)
+        self.bn1, self.maxpool = nn.BatchNorm2d(16), nn.Identity()
+        stages = [self._make_layer(BasicBlock, 16 << stage, blocks, stride=min(stage + 1, 2)) for stage in range(3)]
+        self.layer1, self.layer2, self.layer3 = stages
+        self.layer4 = nn.Sequential()
+        self.fc = nn.Linear(64, num_classes)
+        for stage in stages:
+            stage.apply(_init_convolution)
+
+
+def resnet20(num_classes: int) -> ResNet:
+    """Return ResNet-20 for 32 x 32 images: 0.28 M parameters."""
+    return CifarResNet(3, num_classes)
+
+
+TINY: dict[str, Callable[..., nn.Module]] = {
+    "vit_tiny": vit_tiny,
+    "vit_lite": vit_lite,
+    "resnet_tiny": resnet_tiny,
+    "resnet20": resnet20,
+}
 ARCHS: tuple[str, ...] = (*TINY, *tv.list_models(module=tv))
 STEMS = ("imagenet", "cifar")
 # The parameter of each key in the classes that take it: torchvision's, timm's, transformers'.
@@ -196,6 +231,17 @@ def _use_cifar_stem(arch: str, model: nn.Module) -> None:
     """Replace the stem for images of 32 x 32: a 3x3 convolution that keeps the size, and no pooling."""
     if not isinstance(model, ResNet):
         raise ConfigError(f"MODEL.STEM cifar is for ResNets, not for {arch}")
-    model.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.conv1 = _stem_convolution(model.conv1.out_channels)
     model.maxpool = nn.Identity()
+
+
+def _stem_convolution(channels: int) -> nn.Conv2d:
+    stem = nn.Conv2d(3, channels, kernel_size=3, padding=1, bias=False)
+    _init_convolution(stem)
+    return stem
+
+
+def _init_convolution(module: nn.Module) -> None:
+    """Draw the weight of a convolution as torchvision's ResNets do."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
