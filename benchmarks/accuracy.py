@@ -127,7 +127,11 @@ class Trainings:
         (log,) = directory.rglob("version_0")
         events = EventAccumulator(str(log), size_guidance={"scalars": 0})
         events.Reload()
-        curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        # As a dict: Lightning logs the last metrics twice, once beside the settings.
+        curves = {
+            tag: sorted({event.step: event.value for event in events.Scalars(tag)}.items())
+            for tag in events.Tags()["scalars"]
+        }
         epochs = len(curves["val/acc1"])
         last = [value for step, value in curves["train/loss"] if step >= (1 - 1 / epochs) * curves["val/acc1"][-1][0]]
         result = {
