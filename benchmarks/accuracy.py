@@ -6,7 +6,7 @@
 A study is a config, overrides of its keys, seeds, and arms: overrides again, compared with the arm ``plain``. Runs with
 the same seed start from the same weights and see the same images in the same order with the same augmentation, so their
 difference is that of the arm. Each finished run is one JSON file; what is there is not run again, and a run that was
-stopped goes on from its last epoch. After each run the report is written anew: a table, a plot of accuracy against
+stopped goes on from its last epoch. After each run the report is written again: a table, a plot of accuracy against
 cache, and the curves. ``--data`` has the image folders train/ and val/, for a study whose data is not downloaded.
 """
 
@@ -153,7 +153,7 @@ class Trainings:
 
 
 def run_all(trainings: Trainings, runs: list[Run], processes: int) -> int:
-    """Train what has no result yet, and write the report after each. Returns how many failed."""
+    """Train what has no result yet, and write the report after each one. Returns how many failed."""
     missing = [run for run in runs if not (trainings.output / f"{run.name}.json").is_file()]
     print(f"{trainings.study.name}: {len(runs)} runs, {len(runs) - len(missing)} of them done", flush=True)
     failed, start = 0, time.monotonic()

@@ -97,10 +97,12 @@ class Calibration:
     def items(self) -> list[Item]:
         """Return what there is to choose, with the bytes and the error of each option."""
         undropped, packed = self._undropped(), self._packed()
-        meters = {choice: self._meter(self._all(choice)) for choice in (*undropped, *packed)}
+        in_other_bits = [packed[0]._replace(bits=bits) for bits in self._levels[1:]]
+        meters = {choice: self._meter(self._all(choice)) for choice in (*undropped, *packed, *in_other_bits)}
         groups = self._groups(meters)
         quantizing = [names for names in groups if any(fqn in self._quantizing for fqn in names)]
-        self._steps = len(meters) + len(quantizing)
+        inputs = [names for names in groups if names not in quantizing]
+        self._steps = len(undropped) + len(packed) + len(quantizing) + len(self._levels)
         with _nothing_at_zero(self._model):
             exact = self._gradients(self._all(undropped[0]))
             self._weights = _weights(exact)
@@ -111,7 +113,7 @@ class Calibration:
                 for choice in packed
             }
             del rounded
-            rounding = self._rounding(quantizing, exact, overall)
+            rounding = self._rounding(quantizing, exact, overall) | self._input_rounding(inputs, exact)
         saved = {choice: defaultdict(int, meter.by_module()) for choice, meter in meters.items()}
         return [Item(names, self._options(names, saved, dropping, rounding)) for names in groups]
 
@@ -150,6 +152,19 @@ class Calibration:
             found[names] = {bits: part * every[bits] for bits in self._levels}
         return found
 
+    def _input_rounding(self, groups: list[tuple[str, ...]], exact: Gradients) -> Rounding:
+        """Error of the gradients of layers that quantize nothing but their input, where their inputs alone are.
+
+        As dropping, that leaves the gradients of all other layers exact.
+        """
+        found: Rounding = {names: {} for names in groups}
+        for bits in self._levels:
+            quantized = self._all(Choice()) | dict.fromkeys(self._packing, Choice(bits=bits))
+            errors = self._errors(self._gradients(quantized | dict.fromkeys(self._quantizing, Choice())), exact)
+            for names in groups:
+                found[names][bits] = sum(errors.get(fqn, 0.0) for fqn in names)
+        return found
+
     def _options(
         self,
         names: tuple[str, ...],
@@ -161,24 +176,27 @@ class Calibration:
             return sum(saved[choice][fqn] for fqn in names)
 
         def packing(like: Choice) -> list[Option]:
-            """Ways to pack the inputs where all else is kept ``like`` this: bytes and error beyond none dropped."""
+            """Ways to pack the inputs where all else is kept ``like`` this, and their error beyond none dropped."""
             packed = [choice for choice in self._packed() if choice.bits == like.bits]
             errors = [sum(dropping[choice].get(fqn, 0.0) for fqn in names) for choice in packed]
-            options = [
-                Option(choice, nbytes(choice) - nbytes(like), error)
-                for choice, error in zip(packed, errors, strict=True)
-            ]
-            may_stay_dense = self._gammas[-1] == 0 or options[-1].nbytes > 0
-            return [*_and_between(options), Option(like, 0.0, 0.0)] if may_stay_dense else _and_between(options)
+            return [Option(choice, nbytes(choice), error) for choice, error in zip(packed, errors, strict=True)]
 
         exact, first, *_ = self._undropped()
+        most_dropped = self._packed()[0]
         options = packing(exact)
+        may_stay_dense = self._gammas[-1] == 0 or options[-1].nbytes > nbytes(exact)
+        options = _and_between(options)
+        if may_stay_dense:
+            options.append(Option(exact, nbytes(exact), 0.0))
+        in_first = _and_between([option for option in packing(first) if option.choice.gamma > 0])
         for bits, error in rounding.get(names, {}).items():
-            more = nbytes(Choice(bits=bits)) - nbytes(exact)
+            # What is not packed takes so many bytes more than in the first number of bits, whatever gamma is.
+            more = nbytes(most_dropped._replace(bits=bits)) - nbytes(most_dropped._replace(bits=first.bits))
             options += [
-                Option(each.choice._replace(bits=bits), each.nbytes + more, each.error + error)
-                for each in packing(first)
+                Option(each.choice._replace(bits=bits), each.nbytes + more, each.error + error) for each in in_first
             ]
+            if may_stay_dense:
+                options.append(Option(Choice(bits=bits), nbytes(Choice(bits=bits)), error))
         return options
 
     def _meter(self, setting: Setting) -> CacheMeter:

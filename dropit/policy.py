@@ -19,7 +19,8 @@ class SavePolicy:
     """Which elements of its input a layer keeps, and in which form it saves them and all else.
 
     ``strategy``: which elements are kept. ``value_dtype``: what kept values are stored in, where it is narrower than
-    theirs. ``bits``: 16, 8 or 4, what layers that drop nothing quantize to; None where they save as PyTorch does.
+    theirs. ``bits``: 16, 8, 4 or 2, what all that nothing is dropped from is quantized to; None where it is saved as
+    PyTorch does.
     ``stochastic``: whether codes are rounded up or down at random, by how near they are.
 
     ``seed``: of the random numbers for stochastic rounding; None for that of PyTorch's generator.
@@ -40,6 +41,11 @@ class SavePolicy:
     def own_seed(self) -> int | None:
         """The seed of the random numbers; None for that of PyTorch's generator."""
         return getattr(self.strategy, "seed", None) if self.seed is None else self.seed
+
+    @property
+    def input_bits(self) -> int | None:
+        """The bits that an input is quantized to; None where the strategy packs it."""
+        return None if self.strategy.gamma else self.bits
 
     def narrows(self, x: Tensor) -> bool:
         """Whether ``x`` takes fewer bytes when quantized."""

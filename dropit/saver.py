@@ -76,7 +76,7 @@ class Saver:
         """Return what to save of ``x``, which is ``source`` or what autocast made of it; None for ``x`` as it is.
 
         What another layer saves gives it back, if it does (:mod:`dropit.rematerialize`); else it is packed by the
-        strategy. ``role`` tells apart the inputs of a layer that has several.
+        strategy or, if that drops nothing, quantized. ``role`` tells apart the inputs of a layer that has several.
         """
         published, policy = self._published(source, role), self.policy
         if published is not None and published.saved is not None:
@@ -84,11 +84,12 @@ class Saver:
         if published is None and is_mapped(x):
             return None
         form = (channel_dim % max(x.dim(), 1), batch_dim, policy.strategy, policy.value_dtype)
-        key = (x.dtype, *(form if published is None else (published.bits,)))
+        bits = policy.input_bits if published is None else published.bits
+        key = (x.dtype, *(form if bits is None else (bits,)))
         packed = self.memo.packed(source, key, (self._layer, role))
         if packed is None:
-            if published is not None:
-                packed = self._quantize(x, published.bits, role)
+            if bits is not None:
+                packed = self._quantize(x, bits, role)
             else:
                 packed = self._strategy(role).pack(
                     x, channel_dim=channel_dim, batch_dim=batch_dim, value_dtype=policy.value_dtype

@@ -6,7 +6,7 @@ from torch import nn
 
 import dropit
 from dropit.packed import keep_dense
-from dropit.policy import SavePolicy
+from dropit.policy import SavePolicy, quantize
 from dropit.rematerialize import Memo, Published
 from dropit.saved import Saved
 from dropit.saver import Saver
@@ -161,8 +161,8 @@ def test_a_change_in_place_between_two_layers_is_noticed():
     ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int8")
     (y, grads, _), (our_y, our_grads, held) = (step(model, x, torch.float32) for model in (plain, ours))
     assert torch.equal(y, our_y)
-    assert held["conv"] == x.nbytes
-    torch.testing.assert_close(our_grads[3], grads[3])
+    assert held["conv"] == quantize(x, 8).nbytes
+    assert (our_grads[3] - grads[3]).norm() < 0.01 * grads[3].norm()
 
 
 def test_weights_may_change_before_backward():

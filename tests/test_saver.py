@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import dropit
-from dropit.policy import SavePolicy
+from dropit import ops
+from dropit.policy import SavePolicy, quantize
 from dropit.rematerialize import Memo
 from dropit.saver import Saver
 from dropit.strategies import FastMinK, MinK
@@ -36,6 +37,18 @@ def test_a_tensor_read_by_three_layers_is_held_once():
     expected = torch.ones(32, 40) @ masked(model.q.saver, x)
     for layer in (model.q, model.k, model.v):
         torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_what_nothing_is_dropped_from_is_quantized():
+    model = dropit.to_dropit(Projections(), gamma=0, compress="int8")
+    x = torch.randn(40, 64)
+    with dropit.CacheMeter(model) as meter:
+        y = model(x)
+    codes = quantize(x, 8)
+    assert meter.total_bytes == codes.nbytes
+    y.sum().backward()
+    for layer in (model.q, model.k, model.v):
+        torch.testing.assert_close(layer.weight.grad, torch.ones(32, 40) @ ops.unpack(codes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
