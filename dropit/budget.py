@@ -29,7 +29,7 @@ _CLOSE = 0.985  # a part of the budget that is near enough
 _ENOUGH = 0.97  # and one below which errors that do not matter are traded for the rest
 _NEGLIGIBLE = 1e-9  # such an error: gradients are off by 3e-5
 _TRIES = 10
-_LEVELS = (8, 16, 4)  # bits that may be chosen; as Calibration takes them
+_LEVELS = (8, 16, 4, 2)  # bits that may be chosen; as Calibration takes them
 
 
 def fit_budget(
@@ -52,7 +52,7 @@ def fit_budget(
     """Convert the layers of ``model``, in place, so that a forward pass saves at most ``budget`` bytes.
 
     For each layer gamma, the dtype of kept values and the number of bits are chosen so that the gradients err least,
-    together and each layer's relative to itself. To measure that, 19 steps on ``example_input`` are taken, and one for
+    together and each layer's relative to itself. To measure that, 21 steps on ``example_input`` are taken, and one for
     each group of layers that quantizes, in training mode; once one does not fit into the GPU's memory, what the steps
     save waits in the host's. The model's state stays as it was, and hooks on parameters are not called.
 

@@ -17,8 +17,8 @@ from dropit.rematerialize import Memo
 from dropit.saver import Saver
 from dropit.strategies import STRATEGIES, ElementStrategy, RandomSource, Strategy, make_strategy
 
-COMPRESS = ("none", "lossless", "int16", "int8", "int4")
-_BITS = {"int16": 16, "int8": 8, "int4": 4}
+COMPRESS = ("none", "lossless", "int16", "int8", "int4", "int2")
+_BITS = {"int16": 16, "int8": 8, "int4": 4, "int2": 2}
 VALUE_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 _STATE = ("_dropit_saver", "_dropit_off")  # all that is ever added to a module
@@ -55,10 +55,10 @@ def to_dropit(
             torch.int8, with a scale for each 32 of them ("bf16" and "int8" will do). None stores them as they are.
         compress: How all else is saved: "none", as PyTorch does; "lossless", in fewer bytes with the same gradients bit
             for bit (masks of ReLU and dropout in bits, max-pooling in offsets), without which a dropped input stays in
-            memory where one of these layers saves it as well; "int16", "int8" or "int4", beyond that, what
-            normalization, smooth activations and attention save in so many bits. A layer that reads the output of one
-            of these then saves nothing and drops nothing, whatever ``gamma`` is.
-        stochastic: With these three, round up or down at random, by how near, and not to the nearest.
+            memory where one of these layers saves it as well; "int16", "int8", "int4" or "int2", beyond that, what
+            normalization, smooth activations and attention save in so many bits and, where ``gamma`` is 0, all inputs.
+            A layer that reads the output of one of these then saves nothing and drops nothing, whatever ``gamma`` is.
+        stochastic: With int16, int8 and int4, round up or down at random, by how near, and not to the nearest.
         filter_fn: ``filter_fn(module, fqn)`` says which layers to convert; None for all that can be.
         seed: For "random", "random_c" and stochastic rounding: a seed of their own instead of PyTorch's.
 
@@ -110,7 +110,7 @@ def make_policy(
     if compress not in COMPRESS:
         raise ValueError(f"compress must be one of {', '.join(COMPRESS)}, got {compress!r}")
     bits = _BITS.get(compress)
-    if stochastic and bits is None:
+    if stochastic and bits not in (16, 8, 4):
         raise ValueError(f"stochastic rounding needs compress to be int16, int8 or int4, got {compress!r}")
     is_random = issubclass(STRATEGIES.get(strategy, Strategy), RandomSource)
     own_seed = None if stochastic and not is_random else seed

@@ -28,7 +28,7 @@ from dropit.memory import CacheMeter
 WEIGHTED = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 PLAIN = "plain: left out, or to_dropit was not called"
 _REPLACED = "not converted: its forward was replaced on the module itself"
-_NOT_QUANTIZED = 'plain: compress="int8" or "int4" would save it in fewer bits'
+_NOT_QUANTIZED = 'plain: compress="int8", for one, would save it in fewer bits'
 
 
 @dataclass(frozen=True)

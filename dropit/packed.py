@@ -10,6 +10,7 @@ from torch import Size, Tensor
 
 OFFSET_BLOCK = 256  # elements whose place fits a byte
 SCALE_GROUP = 32  # quantized values that share a scale
+LEVELS_GROUP = 64  # values in 2 bits that share an offset and a scale
 
 
 class Layout(NamedTuple):

@@ -73,6 +73,8 @@ def _encoding(packed: Packed) -> str:
         return "dense"
     if packed.positions is not None:
         return "packed"
+    if packed.scales is not None and packed.scales.dim() == 2:
+        return "int2"
     return {torch.int16: "int16", torch.int8: "int8", torch.uint8: "int4"}.get(packed.values.dtype, "narrowed")
 
 

@@ -20,7 +20,7 @@ def mlp(gamma=0.5, **options):
     return dropit.to_dropit(nn.Sequential(*layers), gamma=gamma, **options)
 
 
-@pytest.fixture(params=["lossless", "int16", "int8", "int4"])
+@pytest.fixture(params=["lossless", "int16", "int8", "int4", "int2"])
 def make(request):
     """Builds the model, in each way to compress."""
     return partial(mlp, compress=request.param)
@@ -231,7 +231,8 @@ def test_the_same_seed_gives_the_same_bits_for_any_number_of_threads(make, x, st
 
 
 @pytest.mark.parametrize(
-    ("compress", "value_dtype"), [("lossless", None), ("lossless", "bf16"), ("int8", "int8"), ("int4", None)]
+    ("compress", "value_dtype"),
+    [("lossless", None), ("lossless", "bf16"), ("int8", "int8"), ("int4", None), ("int2", None)],
 )
 @pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

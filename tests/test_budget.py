@@ -140,7 +140,7 @@ def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
     size = saved_bytes(ours, x)
     assert 0.75 * budget <= size <= budget  # a layer or two of so few make up the rest
     error = (gradient(ours, x, loss_fn) - exact).norm()
-    for compress in ("lossless", "int16", "int8", "int4"):
+    for compress in ("lossless", "int16", "int8", "int4", "int2"):
         for gamma in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98):
             other = dropit.to_dropit(copy.deepcopy(plain), gamma=gamma, compress=compress)
             if saved_bytes(other, x) <= size:

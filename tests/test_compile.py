@@ -15,7 +15,7 @@ import dropit
 
 SIZES = (8, 8, 11, 13)  # the second with new tensors of the same sizes
 SETTINGS = {"lossless": {"gamma": 0.9}, "int8": {"gamma": 0.0, "compress": "int8"}}
-ALL = SETTINGS | {name: {"gamma": 0.0, "compress": name} for name in ("int16", "int4")}
+ALL = SETTINGS | {name: {"gamma": 0.0, "compress": name} for name in ("int16", "int4", "int2")}
 
 
 def slow(*arguments):
@@ -248,7 +248,7 @@ def test_each_family_of_layers_by_inductor(name, setting):
 
 
 COMPACT = ("convolution, batch norm, pool", "layer norm, GELU", "attention", "linear, ReLU")
-NARROW = ("int8", "int16", "int4")
+NARROW = ("int8", "int16", "int4", "int2")
 HALF = {("convolution, batch norm, pool", "int8"), ("layer norm, GELU", "int4")}
 
 
@@ -268,7 +268,9 @@ def test_what_is_narrow_is_saved_and_not_what_it_becomes(name, setting, dtype):
 
 
 WHOLE = [(name, "int8", backend) for name in MODELS for backend in ("aot_eager", "inductor")]
-WHOLE += [(name, setting, "aot_eager") for name in ("resnet", "gpt2") for setting in ("lossless", "int16", "int4")]
+WHOLE += [
+    (name, setting, "aot_eager") for name in ("resnet", "gpt2") for setting in ("lossless", "int16", "int4", "int2")
+]
 
 
 @pytest.mark.slow

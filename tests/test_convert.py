@@ -82,7 +82,7 @@ def test_compress_none_leaves_layers_without_a_weight_as_they_are():
 
 
 def test_an_unknown_way_to_compress_is_refused():
-    with pytest.raises(ValueError, match="compress must be one of none, lossless, int16, int8, int4, got 'zip'"):
+    with pytest.raises(ValueError, match="compress must be one of none, lossless, int16, int8, int4, int2, got 'zip'"):
         dropit.to_dropit(small_net(), compress="zip")
 
 

@@ -150,7 +150,7 @@ def test_autocast_casts_the_bias_of_a_frozen_convolution_once_for_two_calls():
     assert torch.equal(biases[1], biases[0])
 
 
-@pytest.mark.parametrize("compress", ["int16", "int8", "int4"])
+@pytest.mark.parametrize("compress", ["int16", "int8", "int4", "int2"])
 def test_attention_with_dropout_takes_a_float_mask_under_autocast(compress):
     attention = nn.MultiheadAttention(4, 2, dropout=0.3, batch_first=True)
     dropit.to_dropit(attention, gamma=0.0, compress=compress)

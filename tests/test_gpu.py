@@ -95,7 +95,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("compress", ["lossless", "int8", "int4"])
+@pytest.mark.parametrize("compress", ["lossless", "int8", "int4", "int2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_waits_for_nothing(name, compress, autocast):
     make, size = MODELS[name]

@@ -234,7 +234,7 @@ SIX = {
 }
 
 
-@pytest.mark.parametrize("compress", [None, "lossless", "int16", "int8", "int4"])
+@pytest.mark.parametrize("compress", [None, "lossless", "int16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("name", SIX)
 def test_the_estimate_is_the_measurement(name, compress):
     make, shape, dtype = SIX[name]

@@ -104,7 +104,7 @@ CHAINS = {
     "LayerNorm, flat": ([nn.LayerNorm(12), nn.Flatten()], nn.Linear(8 * 144, 4)),
     "Linear, GELU": ([nn.Linear(12, 12), nn.GELU()], nn.Linear(12, 4)),
 }
-QUANTIZED = {"int8": 0.02, "int4": 0.25}
+QUANTIZED = {"int8": 0.02, "int4": 0.25, "int2": 0.8}
 
 
 def randomized(name):

@@ -50,11 +50,11 @@ class Curve(NamedTuple):
     center: float | None = None
 
 
-_GELU_FLOOR = {4: -2.2, 8: -3.5, 16: -5.0}  # f' is -0.064, -0.0028, -7.1e-6
-_SILU_FLOOR = {4: -3.6, 8: -7.5, 16: -14.0}  # f' is -0.067, -0.0036, -1.1e-5
+_GELU_FLOOR = {2: -2.2, 4: -2.2, 8: -3.5, 16: -5.0}  # f' is -0.064, -0.0028, -7.1e-6
+_SILU_FLOOR = {2: -3.6, 4: -3.6, 8: -7.5, 16: -14.0}  # f' is -0.067, -0.0036, -1.1e-5
 # f' jumps from 0 to -1/2 at -3, which rounding must not cross: half a step is less than 1 as long as all magnitudes of
 # the group are below 2 steps, 14 in 4 bits.
-_HARDSWISH_FLOOR = dict.fromkeys((4, 8, 16), -4.0)
+_HARDSWISH_FLOOR = dict.fromkeys((2, 4, 8, 16), -4.0)
 
 
 def _new_gelu(x: Tensor, inplace: bool) -> Tensor:

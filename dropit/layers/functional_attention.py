@@ -21,7 +21,7 @@ _attention = F.scaled_dot_product_attention
 
 @register_callers("scaled_dot_product_attention", "ALL_ATTENTION_FUNCTIONS")
 class DropITFunctionalAttention(DropITLayer, nn.Module):
-    """A module whose forward calls attention as a function: its q, k and v are saved in 16, 8 or 4 bits."""
+    """A module whose forward calls attention as a function: its q, k and v are saved in 16 to 2 bits."""
 
     plain = nn.Module
     quantizes = True

@@ -1,4 +1,4 @@
-"""Normalization that saves the normalized input in 16, 8 or 4 bits. Outputs, statistics and running buffers are exact.
+"""Normalization that saves the normalized input in 16 to 2 bits. Outputs, statistics and running buffers are exact.
 
 The normalized input, and not the input, is what is quantized: a channel's mean, however far from zero, costs no codes.
 With it PyTorch's own backward is called, for a mean of 0 and a deviation of 1.
@@ -235,7 +235,7 @@ DropITBatchNorm1d, DropITBatchNorm2d, DropITBatchNorm3d = (
 
 @register
 class DropITLayerNorm(DropITLayer, nn.LayerNorm):
-    """nn.LayerNorm that saves 16, 8 or 4 bits per element."""
+    """nn.LayerNorm that saves 16 to 2 bits per element."""
 
     plain = nn.LayerNorm
     quantizes = True
@@ -267,7 +267,7 @@ def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, saver: Saver) -> Te
 
 @register
 class DropITGroupNorm(DropITLayer, nn.GroupNorm):
-    """nn.GroupNorm that saves 16, 8 or 4 bits per element."""
+    """nn.GroupNorm that saves 16 to 2 bits per element."""
 
     plain = nn.GroupNorm
     quantizes = True
@@ -296,7 +296,7 @@ class DropITGroupNorm(DropITLayer, nn.GroupNorm):
 
 @register
 class DropITRMSNorm(DropITLayer, nn.RMSNorm):
-    """nn.RMSNorm that saves 16, 8 or 4 bits per element."""
+    """nn.RMSNorm that saves 16 to 2 bits per element."""
 
     plain = nn.RMSNorm
     quantizes = True

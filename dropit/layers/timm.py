@@ -18,7 +18,7 @@ from dropit.layers.table import register, swap_class
 
 @register
 class DropITLayerNorm(DropITLayer, LayerNorm):
-    """timm's LayerNorm that saves 16, 8 or 4 bits per element."""
+    """timm's LayerNorm that saves 16 to 2 bits per element."""
 
     plain = LayerNorm
     quantizes = True
@@ -32,7 +32,7 @@ class DropITLayerNorm(DropITLayer, LayerNorm):
 
 @register
 class DropITLayerNorm2d(DropITLayer, LayerNorm2d):
-    """timm's LayerNorm over channels that saves 16, 8 or 4 bits per element."""
+    """timm's LayerNorm over channels that saves 16 to 2 bits per element."""
 
     plain = LayerNorm2d
     quantizes = True
@@ -46,7 +46,7 @@ class DropITLayerNorm2d(DropITLayer, LayerNorm2d):
 
 @register
 class DropITBatchNormAct2d(DropITLayer, BatchNormAct2d):
-    """timm's BatchNorm with an activation, which is a layer of its own, that saves 16, 8 or 4 bits per element."""
+    """timm's BatchNorm with an activation, which is a layer of its own, that saves 16 to 2 bits per element."""
 
     plain = BatchNormAct2d
     quantizes = True

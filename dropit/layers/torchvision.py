@@ -14,7 +14,7 @@ from dropit.layers.table import register
 
 @register
 class DropITLayerNorm2d(DropITLayer, LayerNorm2d):  # type: ignore[misc]
-    """LayerNorm over channels that saves 16, 8 or 4 bits per element."""
+    """LayerNorm over channels that saves 16 to 2 bits per element."""
 
     plain = LayerNorm2d
     quantizes = True

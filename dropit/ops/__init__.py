@@ -82,8 +82,11 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """Each group of 32 elements as 16-, 8- or 4-bit codes, and its scale: :func:`dropit.ops.reference.quantize`.
 
+    In 2 bits each group of 64: :func:`dropit.ops.reference.quantize_to_levels`.
     With ``statistics``: of ``x`` (n,) after :func:`dropit.ops.reference.normalize`.
     """
+    if bits == 2 and noise is not None:
+        raise ValueError("2 bits are rounded to the nearest level: noise must be None")
     if statistics is None:
         return backend(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
     if _has_kernels(x) and x.numel() < 2**31:

@@ -18,10 +18,20 @@ from torch import Tensor, nn
 from torch.library import triton_op, wrap_triton
 
 from dropit.ops import reference
-from dropit.packed import OFFSET_BLOCK, SCALE_GROUP, Layout, Packed, bits_nbytes, positions_nbytes, unflatten
+from dropit.packed import (
+    LEVELS_GROUP,
+    OFFSET_BLOCK,
+    SCALE_GROUP,
+    Layout,
+    Packed,
+    bits_nbytes,
+    positions_nbytes,
+    unflatten,
+)
 
 _BLOCK = tl.constexpr(OFFSET_BLOCK)
 _GROUP = tl.constexpr(SCALE_GROUP)
+_LEVELS = tl.constexpr(LEVELS_GROUP)
 
 
 @triton.jit
@@ -162,6 +172,126 @@ def _quantize_groups(
 
 
 @triton.jit
+def _divide(a, b):
+    """Rounded to the nearest, as PyTorch does; a division in float32 alone is compiled to a faster one."""
+    return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)
+
+
+@triton.jit
+def _steps_from(x, origin, step, most):
+    """How many steps each row of ``x`` is from its origin, to the nearest, from 0 to ``most``."""
+    one = tl.full(step.shape, 1, step.dtype)
+    steps = (x * 0.5 - (origin * 0.5)[:, None]) * _divide(one, step * 0.5)[:, None]
+    # What bounds the product also keeps a compiler from adding to it before it is rounded.
+    steps = tl.minimum(tl.maximum(steps, 0.0), most)
+    shift = 6755399441055744.0 if x.dtype == tl.float64 else 12582912.0
+    return (steps + shift) - shift
+
+
+@triton.jit
+def _fit_levels(steps, codes, KIND: tl.constexpr):
+    """The level of code 0 and the distance to the next, of the least squared error; integers add up exactly."""
+    c = tl.sum(codes, axis=1)
+    u = tl.sum(steps, axis=1)
+    cc = tl.sum(codes * codes, axis=1)
+    cu = tl.sum(codes * steps, axis=1)
+    spread = tl.maximum(cc * _LEVELS - c * c, 1).to(KIND)
+    apart = _divide((cu * _LEVELS - c * u).to(KIND), spread)
+    return _divide((u * cc - cu * c).to(KIND), spread), tl.maximum(apart, 1.0)
+
+
+@triton.jit
+def _quantize_levels(
+    source,
+    mean,
+    rstd,
+    codes,
+    scales,
+    n,
+    inner,
+    sections,
+    limit,
+    CENTERED: tl.constexpr,
+    NORMALIZED: tl.constexpr,
+    LLOYD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Groups of 64 elements as the nearest of four levels, which are fitted to them. NORMALIZED: as above."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = tl.minimum(rows.to(tl.int64)[:, None] * _LEVELS + tl.arange(0, _LEVELS)[None, :], n - 1)
+    x = tl.load(source + at)
+    wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
+    if NORMALIZED == 1:
+        which = ((rows * _LEVELS) // inner % sections)[:, None]
+    elif NORMALIZED == 2:
+        which = at.to(tl.int32) // inner % sections
+    if NORMALIZED:
+        if CENTERED:
+            wide = wide - tl.load(mean + which).to(wide.dtype)
+        wide = wide * tl.load(rstd + which).to(wide.dtype)
+    finite = tl.min((tl.abs(wide) < float("inf")).to(tl.int32), axis=1) != 0
+    wide = tl.where(finite[:, None], wide, 0)
+    low = tl.min(wide, axis=1)
+    high = tl.max(wide, axis=1)
+    tiny = 2.2250738585072014e-308 if wide.dtype == tl.float64 else 1.1754943508222875e-38
+    parts = tl.full((ROWS,), 255, wide.dtype)
+    unit = tl.maximum(_divide(high, parts) - _divide(low, parts), tiny)
+    unit = tl.where(finite, unit, 1)
+    exact = _steps_from(wide, low, unit, 255.0)
+    steps = exact.to(tl.int32)
+    code = (steps + 42) // 85
+    for _ in tl.static_range(LLOYD):
+        level, apart = _fit_levels(steps, code, wide.dtype)
+        code = _steps_from(exact, level, apart, 3.0).to(tl.int32)
+    level, apart = _fit_levels(steps, code, wide.dtype)
+    offset = tl.minimum(tl.maximum(level * unit, -limit), limit)
+    offset = tl.minimum(tl.maximum(low + offset, -limit), limit)
+    offset = tl.where(tl.abs(offset) >= tiny, offset, 0)
+    scale = tl.minimum(tl.maximum(apart * unit, tiny), limit)
+    inside = rows.to(tl.int64) * _LEVELS < n
+    if source.dtype.element_ty == tl.float64:
+        tl.store(scales + 2 * rows, tl.where(finite, offset, float("nan")), mask=inside)
+        tl.store(scales + 2 * rows + 1, scale, mask=inside)
+        code = _steps_from(wide, offset, scale, 3.0).to(tl.int32)
+    else:
+        narrow_offset = _to_bfloat16(offset)
+        narrow_scale = _to_bfloat16(scale)
+        bits = tl.where(finite, narrow_offset.to(tl.int16, bitcast=True), 0x7FC0)
+        tl.store(scales + 2 * rows, bits.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=inside)
+        tl.store(scales + 2 * rows + 1, narrow_scale, mask=inside)
+        code = _steps_from(wide, narrow_offset.to(tl.float32), narrow_scale.to(tl.float32), 3.0).to(tl.int32)
+    shifts = tl.arange(0, 4)[None, None, :] * 2
+    byte = rows.to(tl.int64)[:, None] * (_LEVELS // 4) + tl.arange(0, _LEVELS // 4)[None, :]
+    fours = code.reshape(ROWS, _LEVELS // 4, 4) << shifts
+    tl.store(codes + byte, tl.sum(fours, axis=2).to(tl.uint8), mask=byte < (n + 3) // 4)
+
+
+@triton.jit
+def _dequantize_levels(codes, scales, dense, n, LIMIT: tl.constexpr, ROWS: tl.constexpr):
+    """Offset + code * scale, no larger than LIMIT."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, _LEVELS)
+    at = rows.to(tl.int64)[:, None] * _LEVELS + columns[None, :]
+    byte = tl.load(codes + at // 4, mask=at < n, other=0).to(tl.int32)
+    code = (byte >> (columns % 4 * 2)[None, :]) & 3
+    inside = rows.to(tl.int64) * _LEVELS < n
+    offset = tl.load(scales + 2 * rows, mask=inside, other=0)
+    scale = tl.load(scales + 2 * rows + 1, mask=inside, other=0)
+    if scales.dtype.element_ty != tl.float64:
+        offset = offset.to(tl.float32)
+        scale = scale.to(tl.float32)
+    # In eighths, whose products and sums are finite.
+    product = code.to(scale.dtype) * (scale * 0.125)[:, None]
+    if scales.dtype.element_ty == tl.float64:
+        product = tl.minimum(product, 1.7976931348623157e308)  # else it is fused with the sum; in float32 it is exact
+    value = tl.minimum(tl.maximum((offset * 0.125)[:, None] + product, -LIMIT * 0.125), LIMIT * 0.125) * 8
+    value = tl.where((offset != offset)[:, None], float("nan"), value)
+    kind = dense.dtype.element_ty
+    rounded = _to_bfloat16(value) if kind == tl.bfloat16 else value.to(kind)
+    tl.store(dense + at, rounded, mask=at < n)
+
+
+@triton.jit
 def _dequantize_groups(codes, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """Codes times scales, no larger than LIMIT; NaN for the lowest code."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -239,6 +369,7 @@ def _operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # another rank.
 _PACK = {2: (8, 2), 4: (4, 2), 8: (2, 2)}  # by the size of an element
 _UNPACK, _GROUPS, _MARK, _KEEP = (8, 8), (32, 1), (8, 4), (8, 2)
+_LEVELS_SIZE = (16, 1)  # not tried on a GPU yet
 
 
 def _launch(kernel: Any, size: tuple[int, int], x: Tensor, rows: int, *arguments: Any, **constants: Any) -> None:
@@ -302,6 +433,8 @@ def _quantize_op(
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales; with ``rstd``, of what is normalized."""
     n = flat.numel()
+    if bits == 2:
+        return _quantize_to_levels(flat, mean, rstd, inner)
     size, kind = {16: (n, torch.int16), 8: (n, torch.int8), 4: (-(-n // 2), torch.uint8)}[bits]
     top, most = reference.CODES[bits]
     codes = torch.empty(size, dtype=kind, device=flat.device)
@@ -331,10 +464,40 @@ def _quantize_op(
     return codes, scales
 
 
+def _quantize_to_levels(flat: Tensor, mean: Tensor | None, rstd: Tensor | None, inner: int) -> tuple[Tensor, Tensor]:
+    n = flat.numel()
+    stored = torch.float64 if flat.dtype is torch.float64 else torch.bfloat16
+    codes = torch.empty(-(-n // 4), dtype=torch.uint8, device=flat.device)
+    scales = torch.empty((-(-n // LEVELS_GROUP), 2), dtype=stored, device=flat.device)
+    _launch(
+        _quantize_levels,
+        _LEVELS_SIZE,
+        flat,
+        len(scales),
+        flat,
+        flat if mean is None else mean,
+        flat if rstd is None else rstd,
+        codes,
+        scales,
+        n,
+        inner,
+        1 if rstd is None else rstd.numel(),
+        torch.finfo(stored).max,
+        CENTERED=mean is not None,
+        NORMALIZED=0 if rstd is None else 1 if inner % LEVELS_GROUP == 0 else 2,
+        LLOYD=reference.LLOYD,
+    )
+    return codes, scales
+
+
 @_operator("dequantize_groups")
 def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """(n,) of ``dtype``."""
     dense = torch.empty(n, dtype=dtype, device=codes.device)
+    limit = torch.finfo(dtype).max
+    if scales.dim() == 2:
+        _launch(_dequantize_levels, _LEVELS_SIZE, codes, len(scales), codes, scales, dense, n, LIMIT=limit)
+        return dense
     bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[codes.dtype]
     _launch(
         _dequantize_groups,
@@ -345,7 +508,7 @@ def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
         scales,
         dense,
         n,
-        LIMIT=torch.finfo(dtype).max,
+        LIMIT=limit,
         BITS=bits,
     )
     return dense
@@ -431,7 +594,7 @@ def quantize(
     """As :func:`dropit.ops.reference.quantize`, of ``x`` (n,) after :func:`dropit.ops.reference.normalize`."""
     mean, rstd, inner = statistics or (None, None, 1)
     codes, scales = _quantize_op(x.reshape(-1), None if noise is None else noise.reshape(-1), bits, mean, rstd, inner)
-    return codes.view(x.shape) if bits != 4 else codes, scales
+    return codes.view(x.shape) if bits >= 8 else codes, scales
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:

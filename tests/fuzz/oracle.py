@@ -121,7 +121,8 @@ def _dropped(plain: _Plain) -> str:
     rng = Random(plain.case.plan.seed)
     strategy = rng.choice(["fastmink", "fastmink", *dropit.STRATEGIES])
     options = {"compress": rng.choice(["int8", "int8", "int4"]), "value_dtype": rng.choice([None, "bf16", "int8"])}
-    record = train(_converted(plain.case, strategy=strategy, gamma=0.9, **options))
+    options |= rng.choice([{"gamma": 0.9}, {"gamma": 0.9}, {"gamma": 0.0}, {"gamma": 0.0, "compress": "int2"}])
+    record = train(_converted(plain.case, strategy=strategy, **options))
     reason = _compared(plain, record)
     return f"{strategy}, {options}: {reason}" if reason else ""
 

@@ -65,7 +65,7 @@ def test_to_the_left_of_its_floor_a_function_has_vanished(name, bits):
     assert CURVES[name].backward(torch.ones_like(x), x).abs().max() < 1 / (2 * levels)
 
 
-@pytest.mark.parametrize("compress", ["int16", "int8", "int4"])
+@pytest.mark.parametrize("compress", ["int16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_gradient_is_that_at_what_is_quantized(name, dtype, compress):
@@ -170,7 +170,7 @@ def test_compiled_and_by_torch_func(name):
     torch.testing.assert_close(gradient(compiled, x, torch.ones_like(x))[1], expected)
 
 
-@pytest.mark.parametrize(("compress", "nbytes"), [("int16", 2002), ("int8", 1001), ("int4", 501)])
+@pytest.mark.parametrize(("compress", "nbytes"), [("int16", 2002), ("int8", 1001), ("int4", 501), ("int2", 251)])
 @pytest.mark.parametrize("name", LAYERS)
 def test_what_is_held(name, compress, nbytes):
     ours = quantized(LAYERS[name], compress)

@@ -108,7 +108,7 @@ def test_dropout_is_drawn_again_the_same():
         assert (ours - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize(("compress", "bits"), [("int8", 8), ("int4", 4)])
+@pytest.mark.parametrize(("compress", "bits"), [("int8", 8), ("int4", 4), ("int2", 2)])
 def test_a_layer_holds_its_packed_input_and_q_k_v_only(compress, bits):
     torch.manual_seed(0)
     plain = nn.MultiheadAttention(64, 4, batch_first=True)

@@ -83,8 +83,41 @@ def test_quantization(dtype, n, bits, noisy):
     assert torch.equal(dense, reference.dequantize(steps, scales, dtype, n))
 
 
+@pytest.mark.parametrize("n", [1, 3, 63, 64, 66, 1000])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_quantization_to_levels(dtype, n):
+    for x in (
+        torch.randn(n),
+        torch.randn(n).relu() + 3,
+        torch.full((n,), -2.5),
+        torch.randn(n) * 10 ** torch.linspace(-6, 3, n),
+    ):
+        x = x.to(dtype).to(DEVICE)
+        codes, scales = triton.quantize(x, 2)
+        expected_codes, expected_scales = reference.quantize(x, 2)
+        assert torch.equal(scales, expected_scales)
+        assert torch.equal(codes, expected_codes)
+        assert torch.equal(triton.dequantize(codes, scales, dtype, n), reference.dequantize(codes, scales, dtype, n))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")  # NumPy's, in the interpreter
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_levels_over_the_whole_range_and_of_what_is_not_finite(dtype):
+    x = scattered_groups(np.random.default_rng(2), dtype, 100).flatten()[:-5].to(DEVICE)
+    if dtype is torch.bfloat16 and DEVICE == "cpu":
+        x[x.abs() < torch.finfo(dtype).tiny] = 0  # which Triton's interpreter converts to other numbers
+    x[5::170] = torch.tensor([float("nan"), float("inf"), -float("inf")]).to(x).repeat(20)[: len(x[5::170])]
+    codes, scales = triton.quantize(x, 2)
+    expected_codes, expected_scales = reference.quantize(x, 2)
+    assert torch.equal(bits_of(scales.flatten()), bits_of(expected_scales.flatten()))
+    assert torch.equal(codes, expected_codes)
+    dense, expected = (module.dequantize(codes, scales, dtype, len(x)) for module in (triton, reference))
+    assert torch.equal(dense.isnan(), expected.isnan())
+    assert torch.equal(bits_of(dense.nan_to_num(0)), bits_of(expected.nan_to_num(0)))
+
+
 @pytest.mark.parametrize("centered", [True, False])
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize(("sections", "inner"), [(7, 64), (3, 32), (5, 49), (6, 1), (1, 100)])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_quantization_of_what_is_normalized(dtype, sections, inner, bits, centered):
@@ -116,7 +149,7 @@ def test_quantization_over_the_whole_range_and_of_what_is_not_finite(dtype, bits
     assert torch.equal(bits_of(dense), bits_of(expected))
 
 
-@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
 def test_nothing_may_be_quantized(bits):
     steps, scales = triton.quantize(torch.empty(0, 3, device=DEVICE), bits)
     assert steps.numel() == scales.numel() == 0

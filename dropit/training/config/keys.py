@@ -164,8 +164,8 @@ _KEYS = (
         "Elements in a block of fastmink; 0 for blocks of 256, and one block where there are no more than 16384",
         needs=(_DROPIT, _DROPS, _FASTMINK)),
     Key("DROPIT.COMPRESS", "lossless", _one_of(COMPRESS),
-        "How the other layers store what they save: none (as PyTorch does), lossless (ReLU as bits, ...), or beyond "
-        "that normalization, activations and attention in 16, 8 or 4 bits", needs=(_DROPIT, _NO_BUDGET)),
+        "What is saved besides kept elements: none (as PyTorch does), lossless (ReLU as bits, ...), or beyond that "
+        "all that nothing is dropped from in 16, 8, 4 or 2 bits", needs=(_DROPIT, _NO_BUDGET)),
     Key("DROPIT.VALUE_DTYPE", "", _one_of(("", *VALUE_DTYPES)),
         'What the kept elements are stored in where it is narrower than their dtype: bf16, int8, or "" for no other',
         needs=(_DROPIT,)),
