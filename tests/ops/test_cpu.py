@@ -202,3 +202,10 @@ def test_compilers_keep_them_whole():
     names = {str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"}
     assert "dropit.select_on_cpu.default" in names
     assert not any("sort" in name or "topk" in name for name in names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_quantizing_piece_by_piece_changes_no_bit(dtype):
+    x = torch.randn(2 * cpu._PIECE + 77, dtype=dtype)
+    for piece, whole in zip(cpu.quantize(x, 2), reference.quantize(x, 2), strict=True):
+        assert torch.equal(piece, whole)
