@@ -3,8 +3,8 @@
     python benchmarks/budget.py [--models resnet18 vit_b_16 ...] [--quick]
 
 Random weights and inputs, no dropout. Errors are relative: of all parameters' gradients together, and the root mean
-square of each weight's own. The single gamma is the least that fits, in each of compress="lossless", "int16", "int8"
-and "int4"; the one of the four whose gradients together are best counts.
+square of each weight's own. The single gamma is the least that fits, in each of compress="lossless", "int16", "int8",
+"int4" and "int2"; the one of the five whose gradients together are best counts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import dropit
 
 PARTS = (0.25, 0.4, 0.6, 0.8)
-COMPRESS = ("lossless", "int16", "int8", "int4")
+COMPRESS = ("lossless", "int16", "int8", "int4", "int2")
 _HALVINGS = 7
 
 

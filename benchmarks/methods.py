@@ -20,7 +20,8 @@ BLOCKS = (
     torchvision.models.convnext.CNBlock,
     torchvision.models.vision_transformer.EncoderBlock,
 )
-OURS = ("lossless", "int8", "int4")
+QUANTIZING = ("int8", "int4", "int2")  # with nothing dropped
+OURS = ("dropping", *QUANTIZING)
 BUDGET = 0.5  # of what torch.compile would hold to recompute nothing
 
 
@@ -55,7 +56,7 @@ def compiled(model: nn.Module, budget: float = 1.0) -> nn.Module:
 
 
 def methods(strategy: str = "fastmink", gamma: float = 0.9) -> dict[str, Method]:
-    """By name; the plain model first."""
+    """By name; the plain model first. ``strategy`` and ``gamma`` are of those that drop."""
     found: dict[str, Method] = {
         "plain": lambda model: model,
         "checkpointing": checkpointed,
@@ -64,10 +65,11 @@ def methods(strategy: str = "fastmink", gamma: float = 0.9) -> dict[str, Method]
         "compiled, half": lambda model: compiled(model, BUDGET),
         "save_on_cpu": offloaded,
     }
-    for compress in OURS:
-        found[compress] = lambda model, compress=compress: dropit.to_dropit(model, strategy, gamma, compress=compress)
-    for compress in OURS[:2]:
-        found[f"compiled {compress}"] = lambda model, compress=compress: compiled(found[compress](model))
+    found["dropping"] = lambda model: dropit.to_dropit(model, strategy, gamma)
+    for compress in QUANTIZING:
+        found[compress] = lambda model, compress=compress: dropit.to_dropit(model, gamma=0, compress=compress)
+    for name in OURS[:2]:
+        found[f"compiled {name}"] = lambda model, name=name: compiled(found[name](model))
     return found
 
 
