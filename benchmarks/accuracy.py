@@ -1,13 +1,14 @@
 """Accuracy against bytes: trains every arm of a study with every seed by train.py, and compares each arm with plain.
 
     python benchmarks/accuracy.py benchmarks/studies/digits_vit.yaml [--data DIR] [--processes 1] [--threads 1]
-                                  [--arms plain int8] [--seeds 1 2] [--output DIRECTORY] [--report]
+                                  [--arms plain int8] [--seeds 1 2] [--output DIRECTORY] [--work DIRECTORY] [--report]
 
 A study is a config, overrides of its keys, seeds, and arms: overrides again, compared with the arm ``plain``. Runs with
 the same seed start from the same weights and see the same images in the same order with the same augmentation, so their
 difference is that of the arm. Each finished run is one JSON file; what is there is not run again, and a run that was
-stopped goes on from its last epoch. After each run the report is written again: a table, a plot of accuracy against
-cache, and the curves. ``--data`` has the image folders train/ and val/, for a study whose data is not downloaded.
+stopped goes on from its last epoch, from what it left in ``--work``. After each run the report is written again: a
+table, a plot of accuracy against cache, and the curves. ``--data`` has the image folders train/ and val/, for a study
+whose data is not downloaded.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,8 +85,8 @@ class Study:
 class Trainings:
     """Runs train.py in processes of its own, which are stopped with this one."""
 
-    def __init__(self, study: Study, output: Path, data: Path | None, threads: int) -> None:
-        self.study, self.output, self.threads = study, output, threads
+    def __init__(self, study: Study, output: Path, work: Path, data: Path | None, threads: int) -> None:
+        self.study, self.output, self.work, self.threads = study, output, work, threads
         self.data = () if data is None else ("TRAIN.PATH", str(data / "train"), "VAL.PATH", str(data / "val"))
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = threading.Event()
@@ -97,7 +99,7 @@ class Trainings:
 
     def train(self, run: Run) -> dict[str, Any] | None:
         """Train, or go on with what was stopped. Returns the result, or None if it was stopped again."""
-        directory = ROOT / "outputs" / "studies" / self.study.name / run.name
+        directory = self.work / self.study.name / run.name
         resumed = any(directory.rglob("last.ckpt"))
         settings = [word for pair in run.overrides for word in pair]
         command = [sys.executable, str(ROOT / "train.py"), "--cfg", str(ROOT / self.study.config)]
@@ -149,6 +151,7 @@ class Trainings:
         }
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / f"{run.name}.json").write_text(json.dumps(result) + "\n")
+        shutil.rmtree(directory)
         return result
 
 
@@ -275,14 +278,20 @@ def main() -> int:
     parser.add_argument("--arms", nargs="+", help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of the study's")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the results go to a directory in it")
+    parser.add_argument("--work", type=Path, default=ROOT / "outputs" / "studies", help="where runs keep checkpoints")
     parser.add_argument("--report", action="store_true", help="write the report, and run nothing")
     args = parser.parse_args()
-    study = Study.read(args.study)
+    try:
+        study = Study.read(args.study)
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        parser.error(f"{error}")
+    if unknown := set(args.arms or ()) - set(study.arms):
+        parser.error(f"{args.study}: arms are {', '.join(study.arms)}, got {', '.join(sorted(unknown))}")
     directory = args.output / study.name
     if args.report:
         print(report(study, directory))
         return 0
-    trainings = Trainings(study, directory, args.data and args.data.resolve(), args.threads)
+    trainings = Trainings(study, directory, args.work, args.data and args.data.resolve(), args.threads)
     signal.signal(signal.SIGTERM, lambda *_: trainings.stop())
     signal.signal(signal.SIGINT, lambda *_: trainings.stop())
     failed = run_all(trainings, list(study.runs(args.arms, args.seeds)), args.processes)
