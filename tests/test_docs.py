@@ -75,6 +75,7 @@ KINDS = {
     "digits": r"python train\.py --cfg configs/digits/[\w.]+\.yaml( .*)?",
     "without data": rf"{OFFLINE}( NUM_GPUS 2)?",
     "info": rf"{OFFLINE} --mode info",
+    "study": r"python benchmarks/accuracy\.py benchmarks/studies/digits_\w+\.yaml",  # tests/test_accuracy.py
     "benchmark": r"python benchmarks/(?!everything)\w+\.py( --[\w-]+( \d+)?)?",
     "all benchmarks": r"python benchmarks/everything\.py",
     "example": r"python examples/\w+\.py",  # tests/test_examples.py
