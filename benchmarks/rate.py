@@ -168,7 +168,11 @@ WAYS: dict[str, Way] = {
 def images(data: Path | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of 32 x 32 training images, of ``data`` or the digits, augmented as the config says."""
     config = ROOT / "configs" / "cifar100" / "resnet20.yaml"
-    where = ["TRAIN.PATH", f"{data}/train", "VAL.PATH", f"{data}/val"] if data else ["DATASET", "digits", "TRAIN.CROP", "none"]
+    where = (
+        ["TRAIN.PATH", f"{data}/train", "VAL.PATH", f"{data}/val"]
+        if data
+        else ["DATASET", "digits", "TRAIN.CROP", "none"]
+    )
     train = build_data(load(config, where)).train
     generator = torch.Generator().manual_seed(0)
     while True:

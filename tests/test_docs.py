@@ -243,6 +243,7 @@ def test_everything_runs_and_leaves_its_results(workplace):
         ("benchmarks.md", "*-step-cuda-bf16.md", ""),
         ("benchmarks.md", "*-step-cuda-bf16-others.md", ""),
         ("benchmarks.md", "*-step-cuda-fp32.md", ", float32"),
+        ("benchmarks.md", "*-rate.md", ""),
     ],
 )
 def test_the_steps_and_sizes_in_docs_are_the_results(page, pattern, precision):
@@ -271,20 +272,17 @@ def percent(number):
 def test_the_readmes_table_says_what_those_in_docs_say():
     """In each cell: change of the cache, multiple of the plain model's time, error of the median weight's gradient."""
     (header, *rows) = next(rows for rows in tables(README) if rows[0][0] == "model")
-    caches, _, caches_at_0 = by_model("models.md", "saved for backward")
+    caches, _ = by_model("models.md", "saved for backward")
     times = {name.rpartition(", batch")[0]: row for name, row in by_model("benchmarks.md", "a step")[0].items()}
-    errors, errors_at_0 = by_model("benchmarks.md", "median weight", steps="0")
+    (errors,) = by_model("benchmarks.md", "median weight", steps="0")
     assert [cells[0] for cells in rows] == list(caches) == list(errors)
     for name, plain, *cells in rows:
         time = times.get(name, {"plain": "-"})
         assert plain == f"{caches[name]['plain']} MiB"
         for method, cell in zip(header[2:], cells, strict=True):
-            known, here, error = method.removesuffix(", gamma 0"), caches, errors
-            if known != method:
-                here, error, time = caches_at_0, errors_at_0, {}
-            change = re.search(r"\((.*)%\)", here[name][known])[1]
-            off = "0" if known == "checkpointing" else percent(float(error[name][known])).replace("%", " %")
-            assert cell == f"{change} %, {time.get(known, '-').split()[0]}, {off}", (name, method)
+            change = re.search(r"\((.*)%\)", caches[name][method])[1]
+            off = "0" if method == "checkpointing" else percent(float(errors[name][method])).replace("%", " %")
+            assert cell == f"{change} %, {time.get(method, '-').split()[0]}, {off}", (name, method)
 
 
 # --- examples in Python -----------------------------------------------------------------------------------------------
@@ -410,7 +408,7 @@ def test_the_figures_totals_are_measured(build, monkeypatch):
     convert = {
         "plain": lambda model: model,
         "published": methods(gamma=0.9)["published scheme"],
-        "lossless": methods(gamma=0.9)["lossless"],
+        "lossless": methods(gamma=0.9)["dropping"],
         "int8": lambda model: dropit.to_dropit(model, gamma=0, compress="int8"),
     }
     svg = ElementTree.fromstring(text_of(ROOT / "docs" / "figures" / f"{build.__name__}.svg"))
