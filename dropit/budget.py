@@ -61,7 +61,8 @@ def fit_budget(
         budget: Bytes, or text such as "4 GiB".
         example_input: A batch of the size that the budget is for: a tensor, a tuple of arguments, or a dict of named
             ones.
-        strategy, block_size, per_sample, stochastic, filter_fn, seed: As in :func:`dropit.to_dropit`.
+        strategy, block_size, per_sample, stochastic, filter_fn, seed: As in :func:`dropit.to_dropit`; 2 bits are
+            rounded to the nearest in any case.
         value_dtype: What kept values are stored in, where a layer does not keep them as they are; None for int8.
         loss_fn: The loss, of the model's output; None for a Hugging Face output's own, or the mean of the squares.
         gamma_min, gamma_max: The range of gamma, 0 <= gamma_min <= gamma_max < 1.

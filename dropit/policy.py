@@ -21,7 +21,7 @@ class SavePolicy:
     ``strategy``: which elements are kept. ``value_dtype``: what kept values are stored in, where it is narrower than
     theirs. ``bits``: 16, 8, 4 or 2, what all that nothing is dropped from is quantized to; None where it is saved as
     PyTorch does.
-    ``stochastic``: whether codes are rounded up or down at random, by how near they are.
+    ``stochastic``: whether codes of 4 bits or more are rounded up or down at random, by how near they are.
 
     ``seed``: of the random numbers for stochastic rounding; None for that of PyTorch's generator.
     """

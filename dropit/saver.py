@@ -154,7 +154,8 @@ class Saver:
         return dataclasses.replace(strategy, seed=self._next_seed(role))  # type: ignore[call-arg]
 
     def _quantize(self, x: Tensor, bits: int, role: str, statistics: ops.Statistics | None = None) -> Packed:
-        noise = RandomSource(self._next_seed(role)) if self.policy.stochastic and narrows(x, bits) else None
+        random = self.policy.stochastic and bits > 2 and narrows(x, bits)
+        noise = RandomSource(self._next_seed(role)) if random else None
         return quantize(x, bits, noise, statistics)
 
     def _next_seed(self, role: str) -> int | None:

@@ -214,7 +214,7 @@ def test_the_tables_are_what_the_benchmarks_print(workplace, benchmark, rows):
 
 @pytest.mark.parametrize(
     ("benchmark", "columns", "rows"),
-    [("step", 8, 1), ("ops", 6, 36), ("error", 10, 2), ("budget", 8, 2)],
+    [("step", 8, 1), ("ops", 6, 36), ("error", 10, 2), ("budget", 8, 2), ("rate", 2, 20)],
 )
 def test_the_benchmarks_run(workplace, benchmark, columns, rows):
     command = [sys.executable, f"benchmarks/{benchmark}.py", "--quick"]
