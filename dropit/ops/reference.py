@@ -290,9 +290,8 @@ def quantize_to_levels(x: Tensor) -> tuple[Tensor, Tensor]:
     if finite is not None:
         offset = offset.where(finite, math.nan)
     packed = pack_subbyte(codes.to(torch.uint8).view(-1)[: -(-n // 4) * 4], 4)
-    scales = offset.repeat(1, 2)  # not cat, for which autocast has a dtype of its own
-    scales[:, 1:] = scale
-    return packed, scales
+    integer = INTEGER_OF_SIZE[stored.itemsize]  # of floats autocast would choose a common dtype
+    return packed, torch.cat([offset.view(integer), scale.view(integer)], dim=1).view(stored)
 
 
 def _fit_levels(steps: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
