@@ -1,4 +1,4 @@
-"""nn.Linear whose input is packed for the backward pass."""
+"""nn.Linear whose input is packed, quantized or rematerialized for the backward pass."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ class DropITLinearFunction(LayerFunction):
             grad_input = grad_output @ weight
         if needs_weight:
             grad_weight = rows.t() @ as_rows(ctx.recipe.restore(*saved))
+            # Of a tensor that autograd sees, so that it notices who differentiates the weight's gradient.
             through = grad_output if weight is None else weight
             grad_weight = first_order_only(grad_weight, through if anchor is None else anchor)
         if needs_bias:
@@ -77,14 +78,15 @@ def dropit_linear(
 ) -> Tensor:
     """Compute ``F.linear``, and save for backward only what ``saver`` says of ``input`` (..., in).
 
-    An input that is saved as it is, or not at all, is left to PyTorch. ``role`` tells a layer's inputs apart.
+    An input that is to be saved as it is, or that a frozen weight does not need, is left to PyTorch. ``role`` tells a
+    layer's inputs apart.
     ``flat``: compute and return (samples, out), which sums in another order.
     """
     plain_input = as_rows(input) if flat else input
     if not weight.requires_grad or not input.is_floating_point() or is_mapped(weight):
         return F.linear(plain_input, weight, bias)
     x, w, b = autocast(input, weight, bias)
-    # What was published is found by ``input``, of which ``x`` may be a cast copy.
+    # What restores x, or None to save it as it is. What was published is found by ``input``, which autocast may copy.
     saved = saver.save(x, input, batch_dim=batch_dim, role=role)
     if saved is None:
         return F.linear(plain_input, weight, bias)  # which casts by itself under autocast
@@ -94,7 +96,7 @@ def dropit_linear(
 
 @register
 class DropITLinear(DropITLayer, nn.Linear):
-    """nn.Linear with a packed input."""
+    """nn.Linear whose input is packed, quantized or rematerialized."""
 
     plain = nn.Linear
     drops_input = True
