@@ -101,6 +101,8 @@ class Trainings:
         """Train, or go on with what was stopped. Returns the result, or None if it was stopped again."""
         directory = self.work / self.study.name / run.name
         resumed = any(directory.rglob("last.ckpt"))
+        if not resumed:  # what is there is of a run that was killed in its first epoch
+            shutil.rmtree(directory, ignore_errors=True)
         settings = [word for pair in run.overrides for word in pair]
         command = [sys.executable, str(ROOT / "train.py"), "--cfg", str(ROOT / self.study.config)]
         command += ["SEED", str(run.seed), "OUTPUT_DIR", str(directory), *self.data, *settings]
@@ -205,7 +207,7 @@ def _table(arms: dict[str, dict[int, Any]]) -> str:
     plain = arms[PLAIN]
     for arm, found in arms.items():
         common = sorted(found.keys() & plain.keys())
-        accuracy, difference, saved = _accuracy(found), "", ""
+        difference = saved = ""
         if arm != PLAIN and len(common) > 1:
             points = [100 * (_final(found[seed], "val/acc1") - _final(plain[seed], "val/acc1")) for seed in common]
             mean, half = interval(points)
@@ -217,6 +219,7 @@ def _table(arms: dict[str, dict[int, Any]]) -> str:
         ratios = [_final(plain[seed], speed) / _final(found[seed], speed) for seed in common]
         ratio = f"{sum(ratios) / len(ratios):.2f}" if ratios else ""
         loss = f"{_mean(found, 'train/loss'):.3f}"
+        accuracy = f"{100 * _mean(found, 'val/acc1'):.2f}"
         rows.append([arm, str(len(found)), accuracy, difference, loss, f"{cache:.1f}{saved}", ratio])
     header = ["arm", "seeds", "acc1, %", "paired difference", "train loss, last epoch", "cache, MiB", "time of a step"]
     return table(header, rows)
@@ -228,10 +231,6 @@ def _final(record: dict[str, Any], tag: str) -> float:
 
 def _mean(found: dict[int, Any], tag: str) -> float:
     return sum(_final(record, tag) for record in found.values()) / len(found)
-
-
-def _accuracy(found: dict[int, Any]) -> str:
-    return f"{100 * _mean(found, 'val/acc1'):.2f}"
 
 
 def _plot(study: Study, arms: dict[str, dict[int, Any]], directory: Path) -> None:

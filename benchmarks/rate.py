@@ -1,4 +1,4 @@
-"""Bits per element against error, for many ways to store an activation: the table and the plot in docs/rate.md.
+"""Bits per element against error, for many ways to store an activation: the table and the plot in docs/benchmarks.md.
 
     python benchmarks/rate.py [--data DIR] [--models resnet20 vit_lite gpt2] [--output DIRECTORY] [--quick]
 

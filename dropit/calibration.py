@@ -159,8 +159,8 @@ class Calibration:
         """
         found: Rounding = {names: {} for names in groups}
         for bits in self._levels:
-            quantized = self._all(Choice()) | dict.fromkeys(self._packing, Choice(bits=bits))
-            errors = self._errors(self._gradients(quantized | dict.fromkeys(self._quantizing, Choice())), exact)
+            setting = dict.fromkeys(self._packing, Choice(bits=bits)) | dict.fromkeys(self._quantizing, Choice())
+            errors = self._errors(self._gradients(setting), exact)
             for names in groups:
                 found[names][bits] = sum(errors.get(fqn, 0.0) for fqn in names)
         return found

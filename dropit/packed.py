@@ -33,7 +33,8 @@ class Packed(NamedTuple):
 
     ``values``: (k,), in memory order, in the tensor's dtype or in a narrower one. Those in int8 have ``scales``,
     (ceil(k / 32), ) bfloat16, or an int16 encoding for float64: value i stands for
-    ``values[i] * scales[i // 32]``, and the lowest that int8 has for NaN.
+    ``values[i] * scales[i // 32]``, and the lowest that int8 has for NaN. In 2 bits four are in a byte, and ``scales``
+    are the offset and the scale of each 64: (ceil(k / 64), 2).
 
     ``positions``: none where all is kept, or uint8 of the smaller of two encodings:
 

@@ -6,10 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from dropit.training.config.check import ineffective
+from dropit.training.config.load import load
 from tests import processes
 
 ROOT = Path(__file__).parent.parent
@@ -76,16 +79,9 @@ def test_a_study_without_a_plain_arm_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_each_arm_of_a_study_is_a_config_that_loads(path):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        from accuracy import Study
-    finally:
-        sys.path.pop(0)
-    from dropit.training.config.check import ineffective
-    from dropit.training.config.load import load
-
-    study = Study.read(path)
+def test_each_arm_of_a_study_is_a_config_that_loads(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = import_module("accuracy").Study.read(path)
     runs = list(study.runs())
     assert len(runs) == len(study.arms) * len(study.seeds)
     assert len({run.name for run in runs}) == len(runs)
@@ -105,11 +101,24 @@ def test_a_run_gives_its_numbers_again_and_one_that_is_done_is_not_run_again(stu
     again = processes.run(command(study, *options), check=True)
     assert "2 runs, 2 of them done" in again.stdout
     path.unlink()
+    killed = study.parent / "work" / "small" / "int8-seed1" / "digits" / "resnet_tiny" / "version_0"
+    killed.mkdir(parents=True)  # in its first epoch
     processes.run(command(study, *options), check=True)
     second = json.loads(path.read_text())
     for result in (first, second):
         del result["final"]["train/samples_per_sec"], result["environment"]
     assert first == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["digits_resnet", "digits_vit"])
+def test_every_arm_learns_the_digits(tmp_path, name):
+    program = [sys.executable, PROGRAM, str(ROOT / "benchmarks" / "studies" / f"{name}.yaml"), "--seeds", "3"]
+    where = ["--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    done = processes.run([*program, *where, "--processes", "2"], check=True)
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 5
+    assert min(float(cells[2]) for cells in rows) > 90
 
 
 @pytest.mark.slow

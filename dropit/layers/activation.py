@@ -38,7 +38,7 @@ class Curve(NamedTuple):
 
     ``floor``: by bits, what x is bounded by before it is rounded, where f vanishes to the left. From there on f' is
     less than 1 / (2 steps), which is 0.071 in 4 bits, 0.0039 in 8, 1.5e-5 in 16, and f less than half a step of a group
-    that has such an element: no more than rounding changes them elsewhere.
+    that has such an element: no more than rounding changes them elsewhere. 2 bits have that of 4.
 
     ``center``: where f is bounded from both sides, the middle of its range. y is saved then, relative to it, and
     ``backward`` takes y in the place of x.
@@ -53,7 +53,7 @@ class Curve(NamedTuple):
 _GELU_FLOOR = {2: -2.2, 4: -2.2, 8: -3.5, 16: -5.0}  # f' is -0.064, -0.0028, -7.1e-6
 _SILU_FLOOR = {2: -3.6, 4: -3.6, 8: -7.5, 16: -14.0}  # f' is -0.067, -0.0036, -1.1e-5
 # f' jumps from 0 to -1/2 at -3, which rounding must not cross: half a step is less than 1 as long as all magnitudes of
-# the group are below 2 steps, 14 in 4 bits.
+# the group are below 2 steps, 14 in 4 bits. The levels of 2 bits follow the group, and may cross it.
 _HARDSWISH_FLOOR = dict.fromkeys((2, 4, 8, 16), -4.0)
 
 

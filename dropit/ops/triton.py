@@ -106,9 +106,36 @@ def _to_bfloat16(x):
 
 
 @triton.jit
+def _load_normalized(
+    source, mean, rstd, first, at, n, inner, sections, CENTERED: tl.constexpr, NORMALIZED: tl.constexpr
+):
+    """The elements of each row at ``at``, as floats of at least 32 bits; zeros from ``n`` on.
+
+    NORMALIZED: by statistics that are of the row as a whole, which starts at ``first`` (1), or of each element (2).
+    """
+    x = tl.load(source + at, mask=at < n, other=0)
+    wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
+    if NORMALIZED == 1:
+        which = (first // inner % sections)[:, None]
+    elif NORMALIZED == 2:
+        which = at.to(tl.int32) // inner % sections
+    if NORMALIZED:
+        if CENTERED:
+            wide = wide - tl.load(mean + which).to(wide.dtype)
+        wide = wide * tl.load(rstd + which).to(wide.dtype)
+    return wide
+
+
+@triton.jit
+def _round(x):
+    """To the nearest, of two equally near to the even one: what this adds leaves no bits for a fraction."""
+    shift = 6755399441055744.0 if x.dtype == tl.float64 else 12582912.0
+    return (x + shift) - shift
+
+
+@triton.jit
 def _quantize_groups(
     source,
-    noise,
     mean,
     rstd,
     codes,
@@ -116,6 +143,7 @@ def _quantize_groups(
     n,
     inner,
     sections,
+    noise,
     top,
     most,
     NOISY: tl.constexpr,
@@ -124,22 +152,10 @@ def _quantize_groups(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Groups of 32 elements as multiples of a scale.
-
-    NORMALIZED: by statistics that are of a group as a whole (1), or of each element (2).
-    """
+    """Groups of 32 elements as multiples of a scale."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = rows.to(tl.int64)[:, None] * _GROUP + tl.arange(0, _GROUP)[None, :]
-    x = tl.load(source + at, mask=at < n, other=0)
-    wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
-    if NORMALIZED == 1:
-        which = ((rows * _GROUP) // inner % sections)[:, None]
-    elif NORMALIZED == 2:
-        which = at.to(tl.int32) // inner % sections
-    if NORMALIZED:
-        if CENTERED:
-            wide = wide - tl.load(mean + which).to(wide.dtype)
-        wide = wide * tl.load(rstd + which).to(wide.dtype)
+    wide = _load_normalized(source, mean, rstd, rows * _GROUP, at, n, inner, sections, CENTERED, NORMALIZED)
     finite = (tl.abs(wide) < float("inf")) & (at < n)
     wide = tl.where(finite, wide, 0)
     largest = tl.max(tl.abs(wide), axis=1)
@@ -158,9 +174,7 @@ def _quantize_groups(
         code = tl.floor(code + tl.load(noise + at, mask=at < n, other=0).to(wide.dtype))
         code = tl.minimum(code, most)
     else:
-        # To the nearest, of two equally near to the even one: what this adds leaves no bits for a fraction.
-        shift = 6755399441055744.0 if wide.dtype == tl.float64 else 12582912.0
-        code = (code + shift) - shift
+        code = _round(code)
     whole = tl.where(finite, code, -most - 1).to(tl.int32)
     if BITS != 4:
         tl.store(codes + at, whole.to(codes.dtype.element_ty), mask=at < n)
@@ -183,9 +197,7 @@ def _steps_from(x, origin, step, most):
     one = tl.full(step.shape, 1, step.dtype)
     steps = (x * 0.5 - (origin * 0.5)[:, None]) * _divide(one, step * 0.5)[:, None]
     # What bounds the product also keeps a compiler from adding to it before it is rounded.
-    steps = tl.minimum(tl.maximum(steps, 0.0), most)
-    shift = 6755399441055744.0 if x.dtype == tl.float64 else 12582912.0
-    return (steps + shift) - shift
+    return _round(tl.minimum(tl.maximum(steps, 0.0), most))
 
 
 @triton.jit
@@ -210,25 +222,16 @@ def _quantize_levels(
     n,
     inner,
     sections,
-    limit,
+    LIMIT: tl.constexpr,
     CENTERED: tl.constexpr,
     NORMALIZED: tl.constexpr,
     LLOYD: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Groups of 64 elements as the nearest of four levels, which are fitted to them. NORMALIZED: as above."""
+    """Groups of 64 elements as the nearest of four levels, which are fitted to them."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.minimum(rows.to(tl.int64)[:, None] * _LEVELS + tl.arange(0, _LEVELS)[None, :], n - 1)
-    x = tl.load(source + at)
-    wide = x.to(tl.float64) if source.dtype.element_ty == tl.float64 else x.to(tl.float32)
-    if NORMALIZED == 1:
-        which = ((rows * _LEVELS) // inner % sections)[:, None]
-    elif NORMALIZED == 2:
-        which = at.to(tl.int32) // inner % sections
-    if NORMALIZED:
-        if CENTERED:
-            wide = wide - tl.load(mean + which).to(wide.dtype)
-        wide = wide * tl.load(rstd + which).to(wide.dtype)
+    wide = _load_normalized(source, mean, rstd, rows * _LEVELS, at, n, inner, sections, CENTERED, NORMALIZED)
     finite = tl.min((tl.abs(wide) < float("inf")).to(tl.int32), axis=1) != 0
     wide = tl.where(finite[:, None], wide, 0)
     low = tl.min(wide, axis=1)
@@ -244,10 +247,10 @@ def _quantize_levels(
         level, apart = _fit_levels(steps, code, wide.dtype)
         code = _steps_from(exact, level, apart, 3.0).to(tl.int32)
     level, apart = _fit_levels(steps, code, wide.dtype)
-    offset = tl.minimum(tl.maximum(level * unit, -limit), limit)
-    offset = tl.minimum(tl.maximum(low + offset, -limit), limit)
+    offset = tl.minimum(tl.maximum(level * unit, -LIMIT), LIMIT)
+    offset = tl.minimum(tl.maximum(low + offset, -LIMIT), LIMIT)
     offset = tl.where(tl.abs(offset) >= tiny, offset, 0)
-    scale = tl.minimum(tl.maximum(apart * unit, tiny), limit)
+    scale = tl.minimum(tl.maximum(apart * unit, tiny), LIMIT)
     inside = rows.to(tl.int64) * _LEVELS < n
     if source.dtype.element_ty == tl.float64:
         tl.store(scales + 2 * rows, tl.where(finite, offset, float("nan")), mask=inside)
@@ -432,46 +435,53 @@ def _quantize_op(
     flat: Tensor, noise: Tensor | None, bits: int, mean: Tensor | None, rstd: Tensor | None, inner: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and scales; with ``rstd``, of what is normalized."""
-    n = flat.numel()
+    n, double = flat.numel(), flat.dtype is torch.float64
+    statistics = (mean, rstd, inner)
     if bits == 2:
-        return _quantize_to_levels(flat, mean, rstd, inner)
+        stored = torch.float64 if double else torch.bfloat16
+        codes = torch.empty(-(-n // 4), dtype=torch.uint8, device=flat.device)
+        scales = torch.empty((-(-n // LEVELS_GROUP), 2), dtype=stored, device=flat.device)
+        # The limit as a constant, since arguments reach a kernel in single precision.
+        constants = {"LIMIT": torch.finfo(stored).max, "LLOYD": reference.LLOYD}
+        _launch_quantizer(_quantize_levels, _LEVELS_SIZE, LEVELS_GROUP, flat, statistics, codes, scales, **constants)
+        return codes, scales
     size, kind = {16: (n, torch.int16), 8: (n, torch.int8), 4: (-(-n // 2), torch.uint8)}[bits]
-    top, most = reference.CODES[bits]
+    top, most = map(float, reference.CODES[bits])
     codes = torch.empty(size, dtype=kind, device=flat.device)
-    scale_type = torch.int16 if flat.dtype is torch.float64 else torch.bfloat16
-    scales = torch.empty(-(-n // SCALE_GROUP), dtype=scale_type, device=flat.device)
-    _launch(
+    scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.int16 if double else torch.bfloat16, device=flat.device)
+    _launch_quantizer(
         _quantize_groups,
         _GROUPS,
+        SCALE_GROUP,
         flat,
-        len(scales),
-        flat,
-        flat if noise is None else noise,
-        flat if mean is None else mean,
-        flat if rstd is None else rstd,
+        statistics,
         codes,
         scales,
-        n,
-        inner,
-        1 if rstd is None else rstd.numel(),
-        float(top),
-        float(most),
+        flat if noise is None else noise,
+        top,
+        most,
         NOISY=noise is not None,
-        CENTERED=mean is not None,
-        NORMALIZED=0 if rstd is None else 1 if inner % SCALE_GROUP == 0 else 2,
         BITS=bits,
     )
     return codes, scales
 
 
-def _quantize_to_levels(flat: Tensor, mean: Tensor | None, rstd: Tensor | None, inner: int) -> tuple[Tensor, Tensor]:
-    n = flat.numel()
-    stored = torch.float64 if flat.dtype is torch.float64 else torch.bfloat16
-    codes = torch.empty(-(-n // 4), dtype=torch.uint8, device=flat.device)
-    scales = torch.empty((-(-n // LEVELS_GROUP), 2), dtype=stored, device=flat.device)
+def _launch_quantizer(
+    kernel: Any,
+    size: tuple[int, int],
+    group: int,
+    flat: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None, int],
+    codes: Tensor,
+    scales: Tensor,
+    *arguments: Any,
+    **constants: Any,
+) -> None:
+    """Run ``kernel``, a row for each ``group`` elements of ``flat``, normalized by ``statistics`` if there are any."""
+    mean, rstd, inner = statistics
     _launch(
-        _quantize_levels,
-        _LEVELS_SIZE,
+        kernel,
+        size,
         flat,
         len(scales),
         flat,
@@ -479,15 +489,14 @@ def _quantize_to_levels(flat: Tensor, mean: Tensor | None, rstd: Tensor | None, 
         flat if rstd is None else rstd,
         codes,
         scales,
-        n,
+        flat.numel(),
         inner,
         1 if rstd is None else rstd.numel(),
-        torch.finfo(stored).max,
+        *arguments,
         CENTERED=mean is not None,
-        NORMALIZED=0 if rstd is None else 1 if inner % LEVELS_GROUP == 0 else 2,
-        LLOYD=reference.LLOYD,
+        NORMALIZED=0 if rstd is None else 1 if inner % group == 0 else 2,
+        **constants,
     )
-    return codes, scales
 
 
 @_operator("dequantize_groups")
