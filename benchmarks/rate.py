@@ -1,6 +1,6 @@
 """Bits per element against error, for many ways to store an activation: the table and the plot in docs/benchmarks.md.
 
-    python benchmarks/rate.py [--data DIR] [--models resnet20 vit_lite gpt2] [--output DIRECTORY] [--quick]
+    python benchmarks/rate.py [--data DIR] [--models resnet20 vit_conv gpt2] [--output DIRECTORY] [--quick]
 
 Each model is first trained for some steps, on images of ``--data`` (image folders train/ and val/; without it the
 digits) or on the source code of Python's standard library. Then the input of each Linear and convolution in a batch is
@@ -275,12 +275,12 @@ def main() -> None:
     """Print the table, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="directory of the image folders train/ and val/")
-    parser.add_argument("--models", nargs="+", choices=("resnet20", "vit_lite", "gpt2"))
+    parser.add_argument("--models", nargs="+", choices=("resnet20", "vit_conv", "gpt2"))
     parser.add_argument("--steps", type=int, default=100, help="of training, before")
     parser.add_argument("--output", help="where to write the results")
     parser.add_argument("--quick", action="store_true", help="one small model, to see that it runs")
     args = parser.parse_args()
-    models = ["resnet20"] if args.quick else args.models or ["resnet20", "vit_lite", "gpt2"]
+    models = ["resnet20"] if args.quick else args.models or ["resnet20", "vit_conv", "gpt2"]
     found = {name: layers(name, args.data, 1 if args.quick else args.steps) for name in models}
     header = ["stored as", *(f"{name}: bits, input, gradient" for name in models)]
     print(report.table(header, []), flush=True)

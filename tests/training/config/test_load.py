@@ -125,7 +125,7 @@ def test_values_are_read_by_the_type_of_the_key(write, key, text, value):
         ),
         (
             "MODEL:\n  ARCH: resnet19\n",
-            "MODEL.ARCH must be a torchvision classifier, vit_tiny, vit_lite, resnet_tiny, resnet20, timm/NAME or "
+            "MODEL.ARCH must be a torchvision classifier, vit_tiny, vit_conv, resnet_tiny, resnet20, timm/NAME or "
             "hf/NAME; did you mean",
         ),
         ("DATASET: mnist\n", "DATASET must be one of digits, cifar10, cifar100, imagenet, folder, fake, got"),

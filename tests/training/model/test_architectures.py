@@ -34,11 +34,12 @@ def hf_directory(tmp_path):
 
 
 def test_the_tiny_models_are_torchvisions_classes():
-    vit = build_model("vit_tiny", 10, 32)
+    for name, kind in (("vit_tiny", VisionTransformer), ("vit_conv", VisionTransformer), ("resnet20", ResNet)):
+        model = build_model(name, 10, 32)
+        assert isinstance(model, kind)
+        assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     resnet = build_model("resnet_tiny", 10, stem="cifar")
-    assert isinstance(vit, VisionTransformer)
     assert isinstance(resnet, ResNet)
-    assert vit(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert resnet(torch.randn(2, 3, 8, 8)).shape == (2, 10)
 
 
