@@ -64,7 +64,8 @@ def fit_budget(
         strategy, block_size, per_sample, stochastic, filter_fn, seed: As in :func:`dropit.to_dropit`; 2 bits are
             rounded to the nearest in any case.
         value_dtype: What kept values are stored in, where a layer does not keep them as they are; None for int8.
-        loss_fn: The loss, of the model's output; None for a Hugging Face output's own, or the mean of the squares.
+        loss_fn: The loss, of the model's output; what it saves counts, too. None for a Hugging Face output's own, or
+            the mean of the squares, which does not count.
         gamma_min, gamma_max: The range of gamma, 0 <= gamma_min <= gamma_max < 1.
         on_step: Called after each step with its number and how many there are, to show progress.
 
@@ -96,14 +97,19 @@ def fit_budget(
     before = [(module, type(module), state_of(module)) for module, _ in targets.values()]
     # With random numbers of their own, layers leave dropout's alone: steps differ in nothing but the setting.
     measured = _with_seed(policy, 0) if policy.is_random and seed is None else policy
+
+    def forward() -> Any:
+        output = _call(model, example_input)
+        return output if loss_fn is None else loss_fn(output)
+
     try:
         _configure(model, targets, measured, dict.fromkeys(targets, Choice(gamma_max, policy.value_dtype, 8)))
         setting = fit(
             model,
             nbytes,
             lambda setting: _configure(model, targets, measured, setting),
-            lambda: _call(model, example_input),
-            loss_fn or _some_loss,
+            forward,
+            _some_loss if loss_fn is None else _itself,
             gamma_min=gamma_min,
             gamma_max=gamma_max,
             value_dtype=policy.value_dtype or torch.int8,
@@ -155,6 +161,10 @@ def _copied(example: Any) -> Any:
         return copies[id(x)]
 
     return tree_map_only(Tensor, copied, example)
+
+
+def _itself(loss: Tensor) -> Tensor:
+    return loss
 
 
 def _some_loss(output: Any) -> Tensor:
@@ -245,7 +255,7 @@ def fit(
 ) -> Setting:
     """Return the setting of least error under which ``forward()`` saves at most ``budget`` bytes.
 
-    ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; its own cache is not counted.
+    ``configure`` applies a setting. ``loss_fn``: of what ``forward`` returns; what it saves does not count.
     ``value_dtype``: what kept values are stored in, but where all are kept as they are. ``levels``: the numbers of bits
     that may be chosen. ``on_step``: called with the number of steps taken and of all. Raises ValueError where not even
     the least setting fits. A model in eval mode is measured in training mode.

@@ -148,6 +148,20 @@ def test_it_fits_and_errs_less_than_one_gamma_for_all(part):
                 break  # a larger gamma errs more
 
 
+def test_what_the_loss_saves_counts_too():
+    model, x, loss_fn = setting()
+    x = x.repeat(8, 1, 1, 1)
+
+    def heavy(output):
+        return (output.exp().exp().exp().exp() * 1e-3).mean() + loss_fn(output[:8])
+
+    budget = int(0.6 * saved_bytes(model, x))
+    dropit.fit_budget(model, budget, x, loss_fn=heavy)
+    with dropit.CacheMeter(model) as meter:
+        heavy(model(x))
+    assert 0.9 * budget < meter.total_bytes <= budget
+
+
 def test_the_models_state_is_left_as_it_was():
     model, x, loss_fn = setting()
     state = copy.deepcopy(model.state_dict())
@@ -265,9 +279,12 @@ def test_steps_that_do_not_fit_are_taken_with_the_hosts_memory(monkeypatch):
     roomy = dropit.fit_budget(copy.deepcopy(model), budget, x, loss_fn=loss_fn)
     offloading = []
 
-    def tight(output):
+    def backward(grad):
         if not offloading:
             raise torch.OutOfMemoryError
+
+    def tight(output):
+        output.register_hook(backward)
         return loss_fn(output)
 
     def offload():
