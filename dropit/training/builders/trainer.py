@@ -53,7 +53,7 @@ def build_trainer(
         gradient_clip_val=cfg.SOLVER.CLIP_NORM or None,
         check_val_every_n_epoch=cfg.CHECK_VAL_EVERY_N_EPOCH,
         logger=logger,
-        callbacks=[*callbacks, LearningRateMonitor("step")] if logger else None,
+        callbacks=[*callbacks, *([LearningRateMonitor("step")] if logger else [])],
         enable_checkpointing=bool(logger),
         log_every_n_steps=log_every,
         use_distributed_sampler=False,  # SharedBatches leaves nothing out and repeats nothing
