@@ -22,7 +22,8 @@ The rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,6 +70,7 @@ class Memo:
     def __init__(self) -> None:
         self._publications: Any = WeakTensorKeyDictionary()
         self._inputs: Any = WeakTensorKeyDictionary()
+        self.callers = 0  # modules that run now whose own calls of functions are taken
 
     def publish(self, x: Tensor, published: Published | None) -> Tensor:
         """Let the layers that read ``x`` restore it from what another layer saves. Returns ``x``.
@@ -114,6 +116,15 @@ class Memo:
         """Keep what ``reader`` packed of ``source`` for other readers."""
         if _can_share(source) and not packed.is_dense:
             self._inputs[source] = _SharedInput(packed, key, Snapshot.of(source), {reader})
+
+    @contextmanager
+    def takes_calls(self) -> Iterator[None]:
+        """Count one more caller while this is entered."""
+        self.callers += 1
+        try:
+            yield
+        finally:
+            self.callers -= 1
 
     def __deepcopy__(self, _: Any) -> Memo:
         return self  # layers that are copied one by one still share

@@ -56,6 +56,10 @@ class Saved(NamedTuple):
         steps = (*self.recipe.steps, _Step(name, function, len(tensors)))
         return Saved(Recipe(steps), (*self.tensors, *tensors))
 
+    def combine(self, name: str, function: Callable[[Tensor, Tensor], Tensor], other: Saved) -> Saved:
+        """Return what gives ``function(x, y)`` of the dense tensors x and y; ``other`` restores y."""
+        return self.map(name, partial(_combined, function, other.recipe), *other.tensors)
+
     def cast(self, dtype: torch.dtype) -> Saved:
         """Return what gives the dense tensor in ``dtype``."""
         return self.map(str(dtype).removeprefix("torch."), partial(cast, dtype))
@@ -80,6 +84,12 @@ def _encoding(packed: Packed) -> str:
 
 def _unpack(layout: Layout, values: Tensor, positions: Tensor | None, scales: Tensor | None) -> Tensor:
     return ops.unpack(Packed(values, positions, scales, layout))
+
+
+def _combined(
+    function: Callable[[Tensor, Tensor], Tensor], recipe: Recipe, x: Tensor, *tensors: Tensor | None
+) -> Tensor:
+    return function(x, recipe.restore(*tensors))
 
 
 def cast(dtype: torch.dtype, x: Tensor) -> Tensor:

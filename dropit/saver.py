@@ -104,7 +104,14 @@ class Saver:
         published = self._published(x, role)
         if published is not None and published.saved is not None:
             return published.saved
-        return Saved.of(self.quantize(x, role))
+        assert self.bits is not None
+        bits = self.bits if published is None else published.bits
+        key = (x.dtype, bits)
+        packed = self.memo.packed(x, key, (self._layer, role))
+        if packed is None:
+            packed = self._quantize(x, bits, role)
+            self.memo.share(x, key, (self._layer, role), packed)
+        return Saved.of(packed)
 
     def quantize(self, x: Tensor, role: str = "input", statistics: ops.Statistics | None = None) -> Packed:
         """Quantize all of ``x`` to the policy's bits: :func:`dropit.policy.quantize`."""

@@ -20,7 +20,7 @@ multiprocessing.set_forkserver_preload(["torch", "torchvision", "pytorch_lightni
 
 # Whole models, trainings, processes and compilers. Marked thorough: a change to one part is tested by the other files.
 THOROUGH = (
-    "layers/test_functional_attention.py",
+    "layers/test_callers.py",
     "layers/test_random.py",
     "test_architectures.py",
     "test_behaviour.py",

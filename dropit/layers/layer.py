@@ -10,6 +10,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dropit.layers.functions import without_calls_taken
 from dropit.rematerialize import Memo
 from dropit.saver import Saver
 from dropit.tracing import is_mapped
@@ -46,12 +47,14 @@ class DropITLayer(nn.Module):
     ``drops_input``: it has a weight, and its input is packed by the strategy, so that the weight's gradient is
     approximated; all other gradients are exact. ``quantizes``: what it saves is quantized, so that its gradients are
     approximated. A layer that does neither is lossless: it saves less than the plain layer, and has the same gradients
-    bit for bit.
+    bit for bit. ``calls_functions``: it is converted for the sake of functions that its own code calls, some of which
+    are lossless.
     """
 
     plain: ClassVar[type[nn.Module]]
     drops_input: ClassVar[bool] = False
     quantizes: ClassVar[bool] = False
+    calls_functions: ClassVar[bool] = False
     saver = _Shown(lambda saver: saver)
     strategy = _Shown(lambda saver: saver.policy.strategy)
     _dropit_saver: Saver
@@ -59,6 +62,9 @@ class DropITLayer(nn.Module):
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Do not call the plain class's, which may keep a list of its subclasses."""
+        forward = vars(cls).get("forward")
+        if forward is not None and not cls.calls_functions:
+            cls.forward = without_calls_taken(forward)  # type: ignore[method-assign]
 
     @property
     def _dropit_memo(self) -> Memo:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dropit import ops
 from dropit.layers.formats import as_non_view, autocast
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.functions import Call, stands_in_for
 from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
 from dropit.saver import Saver
@@ -271,3 +272,27 @@ def _set_random_state(state: Tensor, device: torch.device) -> None:
         torch.cuda.set_rng_state(state, device)
     else:
         torch.set_rng_state(state)
+
+
+@stands_in_for("scaled_dot_product_attention")
+def _called(call: Call, *args: Any, **kwargs: Any) -> Any:
+    q, k, v, mask, arguments = _arguments(*args, **kwargs)
+    if not can_quantize(q, k, v, mask, arguments):
+        return NotImplemented
+    if torch.compiler.is_compiling():  # which takes no tensor twice
+        k, v = (x.view_as(x) for x in (k, v))
+    return dropit_scaled_dot_product(q, k, v, mask, arguments, call.saver)
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, AttentionArguments]:
+    return query, key, value, attn_mask, AttentionArguments(dropout_p, is_causal, scale, enable_gqa)

@@ -17,8 +17,8 @@ from dropit.layers.layer import DropITLayer
 
 SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {}  # the same, the other way round
-# Layers for any module whose forward names one of these functions.
-CALLERS: dict[str, type[DropITLayer]] = {}
+# Layers for any module whose class is such.
+CALLERS: dict[Callable[[type[nn.Module]], bool], type[DropITLayer]] = {}
 # Packages that are not imported unless the model brings them: the module here that has the layers of theirs.
 _LAZY = {
     "transformers.pytorch_utils": "dropit.layers.huggingface",
@@ -74,11 +74,11 @@ def _enter(plain: type[nn.Module], layer: type[DropITLayer]) -> None:
     _PLAIN[layer] = plain
 
 
-def register_callers(*names: str) -> Callable[[Layer], Layer]:
-    """Have ``to_dropit`` swap in the class for modules whose own forward names one of these functions. A decorator."""
+def register_where(fits: Callable[[type[nn.Module]], bool]) -> Callable[[Layer], Layer]:
+    """Have ``to_dropit`` swap in the class for modules whose class fits, and is not in the table. A decorator."""
 
     def enter(layer: Layer) -> Layer:
-        CALLERS.update(dict.fromkeys(names, layer))
+        CALLERS[fits] = layer
         return layer
 
     return enter
@@ -153,7 +153,11 @@ def swap_for(plain: type[nn.Module]) -> type[DropITLayer] | None:
             return None
         members = {"plain": plain, "__doc__": like.__doc__, "__reduce_ex__": _reduce}
         members |= {name: inspect.getattr_static(plain, name) for name in _SHOWN if hasattr(plain, name)}
-        _enter(plain, type(f"DropIT{plain.__name__}", (like, plain), members))
+        if like.calls_functions:  # by these names packages know their own modules
+            members |= {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+        _enter(
+            plain, type(plain.__name__ if like.calls_functions else f"DropIT{plain.__name__}", (like, plain), members)
+        )
     return SWAPS[plain]
 
 
@@ -162,12 +166,7 @@ def _entry_like(plain: type[nn.Module]) -> type[DropITLayer] | None:
     parent = parent_in_table(plain)
     if parent is not None and _computes_the_same(plain, parent):
         return SWAPS[parent]
-    return next((CALLERS[name] for name in _names_in_forward(plain) if name in CALLERS), None)
-
-
-def calls_registered(plain: type[nn.Module]) -> bool:
-    """Whether the class's own forward names a function of CALLERS."""
-    return any(name in CALLERS for name in _names_in_forward(plain))
+    return next((layer for fits, layer in CALLERS.items() if fits(plain)), None)
 
 
 def in_the_way(module: nn.Module, swap: type[DropITLayer]) -> str | None:
@@ -184,11 +183,6 @@ def _names_added(swap: type[DropITLayer]) -> tuple[frozenset[str], frozenset[str
     made_here = vars(swap).get("__reduce_ex__") is _reduce
     names = {name for each in classes for name in vars(each) if not name.startswith(("__", "_dropit"))}
     return frozenset(names.difference(_SHOWN, _READ)), frozenset(dir(classes[made_here].plain))
-
-
-def _names_in_forward(plain: type[nn.Module]) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(plain.forward), "__code__", None)
-    return getattr(code, "co_names", ())
 
 
 def parent_in_table(plain: type[nn.Module]) -> type[nn.Module] | None:

@@ -1,0 +1,189 @@
+"""Functions and operators that a module's own code calls: the table of what stands in for them, and who takes them.
+
+A module is converted for the sake of its calls if its forward, or a function or method that this leads to, names one of
+the table. While such a forward runs, a ``TorchFunctionMode`` takes the calls; it is off while a layer of DropIT's own
+or another such module runs inside, so that it costs nothing there.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+
+from dropit.saver import Saver
+from dropit.snapshot import Scope
+
+
+class Call(NamedTuple):
+    """A call of a function: the saver of the module whose code calls it, and the number of the call in its forward."""
+
+    saver: Saver
+    number: int
+
+    def role(self, operand: str) -> str:
+        """Return what tells an operand of this call from others of the module."""
+        return f"{self.number} {operand}"
+
+
+# (call, *args, **kwargs) as of the function -> its output, or NotImplemented to have it computed as PyTorch does.
+StandIn = Callable[..., Any]
+
+FUNCTIONS: dict[Any, StandIn] = {}
+NAMES: set[str] = {"ALL_ATTENTION_FUNCTIONS"}  # by which code calls them; the first is a table of Hugging Face's
+_attention = F.scaled_dot_product_attention  # in whose place estimate_cache has a function of its own
+_HOMES = (torch, torch.Tensor, F, torch.special)
+_SIGNS = {"mul": "*", "matmul": "@", "pow": "**", "div": "/"}
+_OF_OPCODE = {  # of Python 3.10
+    "BINARY_MULTIPLY": "*",
+    "BINARY_MATRIX_MULTIPLY": "@",
+    "BINARY_POWER": "**",
+    "BINARY_TRUE_DIVIDE": "/",
+}
+
+
+def stands_in_for(*names: str, lossless: bool = False) -> Callable[[StandIn], StandIn]:
+    """Have the decorated function called in place of PyTorch's functions and Tensor's methods of these names.
+
+    ``lossless``: it does so where nothing is quantized, too.
+    """
+
+    def enter(stand_in: StandIn) -> StandIn:
+        @functools.wraps(stand_in)
+        def where_quantized(call: Call, *args: Any, **kwargs: Any) -> Any:
+            return NotImplemented if call.saver.bits is None else stand_in(call, *args, **kwargs)
+
+        for name in names:
+            homes = [home for home in _HOMES if hasattr(home, name)]
+            FUNCTIONS.update({getattr(home, name): stand_in if lossless else where_quantized for home in homes})
+            NAMES.update({name, _SIGNS.get(name, name)})
+        return stand_in
+
+    return enter
+
+
+@functools.cache
+def calls_functions(plain: type[nn.Module]) -> bool:
+    """Whether the class's forward, or what that calls of its class or package, names a function of the table."""
+    home, forward = plain.__module__, inspect.unwrap(plain.forward)
+    if home.startswith("torch.") and not home.startswith("torch.nn.modules."):  # wrappers of models, as DDP
+        return False
+    return isinstance(forward, FunctionType) and _names_one(forward.__code__, forward.__globals__, plain, set())
+
+
+def _names_one(code: CodeType, namespace: dict[str, Any], plain: type, seen: set[CodeType]) -> bool:
+    if code in seen:
+        return False
+    seen.add(code)
+    if any(_is_one(value) or _leads_to_one(value, plain, seen) for value in _named(code, namespace, plain)):
+        return True
+    inner = (const for const in code.co_consts if isinstance(const, CodeType))  # lambdas, comprehensions
+    return any(_names_one(each, namespace, plain, seen) for each in inner)
+
+
+def _named(code: CodeType, namespace: dict[str, Any], plain: type) -> Iterator[Any]:
+    """Yield what the code names: the value where that is known, or the name of an attribute or an operator's sign."""
+    own = code.co_varnames[0] if code.co_argcount else None
+    base: Any = None  # what the instruction before has loaded
+    for step in dis.get_instructions(code):
+        found, base = base, None
+        loaded = step.argval[-1] if isinstance(step.argval, tuple) and step.argval else step.argval
+        if step.opname == "BINARY_OP" or step.opname in _OF_OPCODE:
+            yield _OF_OPCODE.get(step.opname, step.argrepr)
+        elif step.opname == "LOAD_GLOBAL":
+            base = namespace.get(loaded)
+            yield loaded if base is None else base
+        elif step.opname.startswith("LOAD_FAST") and loaded == own:
+            base = plain
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"):
+            if isinstance(found, (ModuleType, type)):
+                base = inspect.getattr_static(found, loaded, None)
+                yield base
+            elif found is None:
+                yield loaded
+            if "super" in code.co_names:
+                yield from (vars(each).get(loaded) for each in plain.__mro__[1:] if each is not nn.Module)
+
+
+def _is_one(value: Any) -> bool:
+    try:
+        return value in (NAMES if isinstance(value, str) else FUNCTIONS)
+    except TypeError:  # has no hash
+        return False
+
+
+def _leads_to_one(value: Any, plain: type, seen: set[CodeType]) -> bool:
+    """Whether it is a function, of Python and not PyTorch's own, that names one."""
+    value = getattr(value, "__func__", value)  # of a staticmethod or classmethod
+    if not isinstance(value, FunctionType) or value.__module__.partition(".")[0] == "torch":
+        return False
+    inner = inspect.unwrap(value)
+    return isinstance(inner, FunctionType) and _names_one(inner.__code__, inner.__globals__, plain, seen)
+
+
+class FunctionCalls(TorchFunctionMode):
+    """Has calls of the functions in the table computed by what stands in for them, with ``saver``."""
+
+    def __init__(self, saver: Saver) -> None:
+        super().__init__()
+        self.suspended = 0
+        self._saver, self._calls = saver, 0
+        # In a region of activation checkpointing that the module's own code opens, the second run would not be seen.
+        self._scope = None if torch.compiler.is_compiling() else Scope.current()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        stand_in = FUNCTIONS.get(_attention if func is F.scaled_dot_product_attention else func)
+        if stand_in is None or self.suspended or not torch.is_grad_enabled():
+            return func(*args, **named)
+        if self._scope is not None and (not self._scope.is_current() or _is_transformed()):
+            return func(*args, **named)
+        self._calls += 1
+        output = stand_in(Call(self._saver, self._calls), *args, **named)
+        return func(*args, **named) if output is NotImplemented else output
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@contextmanager
+def taking_calls(mode: FunctionCalls | None) -> Iterator[None]:
+    """While this is entered, ``mode`` takes the calls, or none does; one that did so before is off for that time."""
+    outer = _pop_mode() if isinstance(_get_current_function_mode(), FunctionCalls) else None
+    try:
+        if mode is None:
+            yield
+        else:
+            with mode:
+                yield
+    finally:
+        if outer is not None:
+            _push_mode(outer)
+
+
+def without_calls_taken(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``forward``, of a layer, by whose own code no calls are taken."""
+
+    @functools.wraps(forward)
+    def untouched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not isinstance(_get_current_function_mode(), FunctionCalls):
+            return forward(self, *args, **kwargs)
+        with taking_calls(None):
+            return forward(self, *args, **kwargs)
+
+    return untouched
+
+
+def tensors_of(*values: Any) -> bool:
+    """Return whether each is a dense tensor of floating-point numbers."""
+    return all(isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested for x in values)
