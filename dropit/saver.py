@@ -113,6 +113,11 @@ class Saver:
             self.memo.share(x, key, (self._layer, role), packed)
         return Saved.of(packed)
 
+    def restorable(self, weight: Tensor, dtype: torch.dtype) -> Saved | None:
+        """Return what gives ``weight`` back exactly, in ``dtype``, where it is computed from parameters; else None."""
+        published = None if is_traced() or weight.is_leaf else self.memo.published(weight)
+        return published.saved.cast(dtype) if published is not None and published.saved is not None else None
+
     def quantize(self, x: Tensor, role: str = "input", statistics: ops.Statistics | None = None) -> Packed:
         """Quantize all of ``x`` to the policy's bits: :func:`dropit.policy.quantize`."""
         assert self.bits is not None

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.saved import Recipe, Saved
@@ -131,13 +132,16 @@ class DropITActivation(DropITLayer):
         """input: any shape."""
         if self.curve is None or not input.is_floating_point():
             return super().forward(input)  # type: ignore[no-any-return, misc]
-        if not self.saves(input) or _is_part(input):
+        if not self.saves(input) or (not self._dropit_memo.callers and _is_part(input)):
             return self.publish_unsaved(super().forward(input))  # type: ignore[misc]
         return dropit_activation(input, self.curve, self._dropit_saver, inplace=self.inplace)
 
 
 def _is_part(input: Tensor) -> bool:
-    """Whether ``input`` is a part of a larger tensor, as in a gated MLP, whose other part keeps both in memory."""
+    """Whether ``input`` is a part of a larger tensor, as in a gated MLP, whose other part keeps both in memory.
+
+    It does not where the calls of the gated MLP's own code are taken.
+    """
     return not is_traced() and input.untyped_storage().nbytes() > input.nbytes
 
 
@@ -208,3 +212,24 @@ DropITMish = swap_class(DropITActivation, nn.Mish, curve="mish")
 DropITHardswish = swap_class(DropITActivation, nn.Hardswish, curve="hardswish")
 DropITSigmoid = swap_class(DropITActivation, nn.Sigmoid, curve="sigmoid")
 DropITTanh = swap_class(DropITActivation, nn.Tanh, curve="tanh")
+
+
+@stands_in_for("gelu")
+def _gelu(call: Call, input: Any, *, approximate: str = "none") -> Any:
+    return _activate(call, input, "gelu" if approximate == "none" else "gelu_tanh")
+
+
+def _activate(call: Call, input: Any, name: str, inplace: bool = False) -> Any:
+    if not wants_gradient(input) or input.numel() == 0:
+        return NotImplemented
+    return dropit_activation(input, name, call.saver, inplace=inplace)
+
+
+def _enter(name: str) -> None:
+    @stands_in_for(name)
+    def called(call: Call, input: Any, inplace: bool = False) -> Any:
+        return _activate(call, input, name, inplace)
+
+
+for _name in ("silu", "mish", "hardswish", "sigmoid", "tanh"):
+    _enter(_name)

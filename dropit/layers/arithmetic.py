@@ -1,7 +1,7 @@
-"""Products, quotients, powers and softmax in a module's own code: their operands are saved in few bits.
+"""Products, quotients, powers, exponentials, norms and softmax in a module's own code.
 
-An operand is restored for its own derivative alone. What must be exact is saved as it is: denominators, parameters, and
-operands that are small beside the result, as the deviation that a norm divides by.
+What their derivatives need is saved in few bits, each operand for its own derivative alone. What must be exact is saved
+as it is: denominators, parameters, and operands that are small beside the result, such as a norm's 1 / deviation.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dropit.layers.formats import autocast
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
-from dropit.layers.functions import Call, stands_in_for, tensors_of
+from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
 from dropit.packed import keep_dense
 from dropit.saved import Recipe, Saved
 
@@ -23,234 +23,324 @@ _SMALL = 256  # elements that are not worth a scale
 _BROADCAST = 16  # times that an operand is repeated to be small beside the result
 
 
-class Operation(NamedTuple):
-    """y = function(a, b), and the gradients of a and b from that of y, before they are summed to their shapes.
+class Product(NamedTuple):
+    """y = c + a * b with one of several meanings of *. Each gradient is a function of y's, a and b.
 
-    ``left``, ``right``: which operands the gradient of a takes, and that of b.
+    ``function(a, b)``, or of a, b and c where there is a c. ``needed``: by the gradient of a, and of b: whether a, b.
     """
 
     name: str
-    function: Callable[[Tensor, Tensor], Tensor]
-    grad_left: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-    grad_right: Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
-    left: tuple[bool, bool]
-    right: tuple[bool, bool]
+    function: Callable[..., Tensor]
+    grad_a: Callable[[Tensor, Any, Any], Tensor]
+    grad_b: Callable[[Tensor, Any, Any], Tensor]
+    needed: tuple[tuple[bool, bool], tuple[bool, bool]] = ((False, True), (True, False))
 
 
-class DropITOperationFunction(LayerFunction):
-    """y = function(a, b). The gradients are computed from a and b as they are restored."""
+class DropITProductFunction(LayerFunction):
+    """y = c + a * b. The gradients are computed from a and b as they are restored."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         a: Tensor,
         b: Tensor,
-        operation: Operation,
+        c: Tensor | None,
+        product: Product,
         anchor: Tensor | None,
         recipes: tuple[Recipe | None, Recipe | None],
         count: int,
         *saved: Tensor | None,
     ) -> Tensor:
         """The plain forward; the first ``count`` of ``saved`` restore a, the others b."""
-        return operation.function(a, b)
+        return product.function(a, b) if c is None else product.function(a, b, c)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what restores the operands."""
+        """Save what restores the factors."""
         undefined_gradients_as_none(ctx)
-        a, b, ctx.operation, anchor, ctx.recipes, ctx.count, *saved = inputs
-        ctx.forms = (a.shape, a.dtype), (b.shape, b.dtype)
+        a, b, c, ctx.product, anchor, ctx.recipes, ctx.count, *saved = inputs
+        ctx.forms = tuple((x.shape, x.dtype) if x is not None else None for x in (a, b, c))
         ctx.save_for_backward(anchor, *saved)
 
     @staticmethod
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Each operand's gradient, in its shape and dtype."""
+        """The gradients of a, b and c, each in its shape and dtype."""
         anchor, *saved = ctx.saved_tensors
         parts = saved[: ctx.count], saved[ctx.count :]
         a, b = (recipe and recipe.restore(*part) for recipe, part in zip(ctx.recipes, parts, strict=True))
-        functions = (ctx.operation.grad_left, ctx.operation.grad_right)
+        functions = (ctx.product.grad_a, ctx.product.grad_b)
         grads = [
-            first_order_only(function(grad_output, a, b).sum_to_size(shape).to(dtype), anchor) if wanted else None
-            for function, wanted, (shape, dtype) in zip(functions, ctx.needs_input_grad[:2], ctx.forms, strict=True)
+            first_order_only(_formed(function(grad_output, a, b), form), anchor) if wanted else None
+            for function, wanted, form in zip(functions, ctx.needs_input_grad[:2], ctx.forms[:2], strict=True)
         ]
-        return *grads, None, None, None, None, *[None] * len(saved)
+        grad_c = _formed(grad_output, ctx.forms[2]) if ctx.needs_input_grad[2] else None
+        return *grads, grad_c, *[None] * (len(saved) + 4)
 
 
-def _swapped(x: Tensor) -> Tensor:
+def _formed(grad: Tensor, form: tuple[torch.Size, torch.dtype]) -> Tensor:
+    """``grad``, summed over what was broadcast."""
+    shape, dtype = form
+    return grad.sum_to_size(shape).to(dtype)
+
+
+def _transposed(x: Tensor) -> Tensor:
     return x.transpose(-2, -1)
 
 
-MUL = Operation("mul", torch.mul, lambda g, a, b: g * b, lambda g, a, b: g * a, (False, True), (True, False))
-DIV = Operation(
-    "div", torch.div, lambda g, a, b: g / b, lambda g, a, b: -g * ((a / b) / b), (False, True), (True, True)
+MUL = Product("mul", torch.mul, lambda g, a, b: g * b, lambda g, a, b: g * a)
+ADDCMUL = MUL._replace(name="addcmul", function=lambda a, b, c: torch.addcmul(c, a, b))
+DIV = Product(
+    "div", torch.div, lambda g, a, b: g / b, lambda g, a, b: -g * ((a / b) / b), ((False, True), (True, True))
 )
-MATMUL = Operation(
-    "matmul",
-    torch.matmul,
-    lambda g, a, b: g @ _swapped(b),
-    lambda g, a, b: _swapped(a) @ g,
-    (False, True),
-    (True, False),
-)
+MATMUL = Product("matmul", torch.matmul, lambda g, a, b: g @ _transposed(b), lambda g, a, b: _transposed(a) @ g)
+BADDBMM = MATMUL._replace(name="baddbmm", function=lambda a, b, c: torch.baddbmm(c, a, b))
+ADDMM = MATMUL._replace(name="addmm", function=lambda a, b, c: torch.addmm(c, a, b))
 
 
-def _operate(call: Call, operation: Operation, a: Tensor, b: Tensor, exact: tuple[bool, bool]) -> Tensor:
-    """``exact``: which operands are saved as they are."""
-    wanted = tuple(
-        (a.requires_grad and left) or (b.requires_grad and right)
-        for left, right in zip(operation.left, operation.right, strict=True)
+def _multiply(
+    call: Call, product: Product, a: Tensor, b: Tensor, c: Tensor | None = None, exact_b: bool = False
+) -> Tensor:
+    by_factor = zip(*product.needed, strict=True)
+    needed = [(of_a and a.requires_grad) or (of_b and b.requires_grad) for of_a, of_b in by_factor]
+    elementwise = product.grad_a in (MUL.grad_a, DIV.grad_a)
+    size = torch.broadcast_shapes(a.shape, b.shape).numel() if elementwise else 0
+    exact = _is_exact(a, size), exact_b or _is_exact(b, size)
+    left, right = (
+        (Saved.of(keep_dense(x)) if as_it_is else call.saver.save_whole(x, call.role(name))) if wanted else None
+        for x, wanted, as_it_is, name in zip((a, b), needed, exact, ("a", "b"), strict=True)
     )
-    names = zip((a, b), wanted, exact, ("left", "right"), strict=True)
-    saved = [_save(call, x, name, exact=as_it_is) if needed else None for x, needed, as_it_is, name in names]
-    recipes = tuple(each and each.recipe for each in saved)
-    tensors = [each.tensors if each is not None else () for each in saved]
-    output: Tensor = DropITOperationFunction.apply(
-        a, b, operation, _anchor_of(a, b), recipes, len(tensors[0]), *tensors[0], *tensors[1]
+    recipes, tensors = (left and left.recipe, right and right.recipe), () if left is None else left.tensors
+    others = () if right is None else right.tensors
+    output: Tensor = DropITProductFunction.apply(
+        a, b, c, product, _anchor_of(a, b), recipes, len(tensors), *tensors, *others
     )
-    if operation is MATMUL or None in saved:  # a product of matrices takes longer to compute than codes to read
+    # A product of matrices takes longer to compute than its codes to read.
+    if left is None or right is None or c is not None or not elementwise:
         return output
-    left, right = saved
-    return call.saver.publish(output, left.combine(operation.name, operation.function, right))
+    return call.saver.publish(output, left.combine(product.name, product.function, right))
 
 
-def _save(call: Call, x: Tensor, name: str, *, exact: bool) -> Saved:
-    return Saved.of(keep_dense(x)) if exact else call.saver.save_whole(x, call.role(name))
+def _anchor_of(*tensors: Tensor) -> Tensor | None:
+    anchors = [each for each in map(anchor, tensors) if each is not None]
+    return torch.cat([each.to(anchors[0].dtype) for each in anchors]) if anchors else None
 
 
-def _anchor_of(a: Tensor, b: Tensor) -> Tensor | None:
-    anchors = [each for each in (anchor(a), anchor(b)) if each is not None]
-    return torch.cat([each.to(a.dtype) for each in anchors]) if anchors else None
-
-
-def _is_exact(x: Tensor, size: int) -> bool:
+def _is_exact(x: Tensor, size: int = 0) -> bool:
     """Whether an operand of a result of ``size`` elements is to be saved as it is."""
-    base = x if x._base is None else x._base
-    return isinstance(base, nn.Parameter) or x.numel() < _SMALL or x.numel() * _BROADCAST <= size
-
-
-def _broadcast_size(a: Tensor, b: Tensor) -> int:
-    return torch.broadcast_shapes(a.shape, b.shape).numel()
+    return is_of_parameter(x) or x.numel() < _SMALL or x.numel() * _BROADCAST <= size
 
 
 @stands_in_for("mul", "multiply")
 def _mul(call: Call, a: Any, b: Any, **others: Any) -> Any:
     if others:
         return NotImplemented
-    if not tensors_of(a, b):
-        return _scaled(call, a, b)
-    if not (a.requires_grad and b.requires_grad):
-        return NotImplemented
-    size = _broadcast_size(a, b)
-    return _operate(call, MUL, a, b, (_is_exact(a, size), _is_exact(b, size)))
+    if isinstance(b, (int, float)):
+        return _scale(call, a, b)
+    both = are_dense(a, b) and a.requires_grad and b.requires_grad
+    return _multiply(call, MUL, a, b) if both else NotImplemented
 
 
-def _scaled(call: Call, x: Any, factor: Any) -> Any:
+def _scale(call: Call, x: Any, factor: float) -> Any:
     """A product with a number saves nothing; its output can be restored if ``x`` can."""
-    published = call.saver.memo.published(x) if tensors_of(x) and isinstance(factor, (int, float)) else None
-    if published is None or not x.requires_grad:
+    published = call.saver.memo.published(x) if wants_gradient(x) else None
+    if published is None:
         return NotImplemented
     return call.saver.memo.publish(x * factor, published.map("scale", partial(torch.mul, other=factor)))
 
 
+@stands_in_for("addcmul")
+def _addcmul(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
+    both = not others and are_dense(a, b, c) and a.requires_grad and b.requires_grad
+    return _multiply(call, ADDCMUL, a, b, c) if both else NotImplemented
+
+
 @stands_in_for("div", "divide", "true_divide")
 def _div(call: Call, a: Any, b: Any, **others: Any) -> Any:
-    if others or not tensors_of(a, b) or not b.requires_grad:
+    if others or not are_dense(a, b) or not b.requires_grad:
         return NotImplemented
-    return _operate(call, DIV, a, b, (_is_exact(a, _broadcast_size(a, b)), True))
+    return _multiply(call, DIV, a, b, exact_b=True)
 
 
-@stands_in_for("matmul", "bmm", "__matmul__")
+@stands_in_for("matmul", "bmm", "mm", "__matmul__")
 def _matmul(call: Call, a: Any, b: Any, **others: Any) -> Any:
-    if others or not tensors_of(a, b) or min(a.dim(), b.dim()) < 2 or not (a.requires_grad or b.requires_grad):
+    if others or not wants_gradient(a, b) or b is None or min(a.dim(), b.dim()) < 2:
         return NotImplemented
-    a, b = autocast(a, b)
-    return _operate(call, MATMUL, a, b, (_is_exact(a, a.numel()), _is_exact(b, b.numel())))
+    return _multiply(call, MATMUL, *autocast(a, b))
 
 
-class DropITPowerFunction(LayerFunction):
-    """y = x ** n, for n = 2, 3, ..."""
+@stands_in_for("baddbmm")
+def _baddbmm(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
+    fits = not others and wants_gradient(a, b) and are_dense(b, c) and a.dim() == b.dim() == 3
+    if not fits:
+        return NotImplemented
+    c, a, b = autocast(c, a, b)
+    return _multiply(call, BADDBMM, a, b, c)
+
+
+@stands_in_for("addmm")
+def _addmm(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
+    fits = not others and wants_gradient(a, b) and are_dense(b, c) and a.dim() == b.dim() == 2
+    if not fits:
+        return NotImplemented
+    c, a, b = autocast(c, a, b)
+    return _multiply(call, ADDMM, a, b, c)
+
+
+class Unary(NamedTuple):
+    """y = function(x), and the gradient of x from that of y and x, or y where it is ``from_output``.
+
+    ``gradient(grad, saved, y)``: the y is exact where it is ``keeps_output``, and None elsewhere.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor, Any], Tensor]
+    from_output: bool = False
+    keeps_output: bool = False
+
+
+class DropITUnaryFunction(LayerFunction):
+    """y = f(x). The gradient is computed from x or y as it is restored."""
 
     @staticmethod
     def forward(  # type: ignore[override]
-        input: Tensor, exponent: int, anchor: Tensor | None, recipe: Recipe, *saved: Tensor | None
+        input: Tensor,
+        output: Tensor | None,
+        unary: Unary,
+        anchor: Tensor | None,
+        recipe: Recipe,
+        *saved: Tensor | None,
     ) -> Tensor:
-        """The plain forward."""
-        return input.pow(exponent)
+        """The plain forward, or ``output`` where it has been computed."""
+        return unary.function(input) if output is None else output
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what restores the input."""
+        """Save what restores the input or the output."""
         undefined_gradients_as_none(ctx)
-        input, ctx.exponent, anchor, ctx.recipe, *saved = inputs
+        input, computed, ctx.unary, anchor, ctx.recipe, *saved = inputs
+        if computed is not None:
+            ctx.mark_dirty(computed)
         ctx.dtype = input.dtype
-        ctx.save_for_backward(anchor, *saved)
+        ctx.save_for_backward(output if ctx.unary.keeps_output else None, anchor, *saved)
 
     @staticmethod
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """grad_output * n * x ** (n - 1)."""
-        anchor, *saved = ctx.saved_tensors
-        x = ctx.recipe.restore(*saved)
-        factor = x if ctx.exponent == 2 else x.pow(ctx.exponent - 1)
-        grad = (grad_output * (factor * ctx.exponent)).to(ctx.dtype)
-        return first_order_only(grad, anchor), None, None, None, *[None] * len(saved)
+        """The input's gradient, in its dtype."""
+        output, anchor, *saved = ctx.saved_tensors
+        grad = ctx.unary.gradient(grad_output, ctx.recipe.restore(*saved), output).to(ctx.dtype)
+        return first_order_only(grad, anchor), *[None] * (len(saved) + 4)
+
+
+def _apply(call: Call, unary: Unary, x: Tensor) -> Any:
+    if not wants_gradient(x) or _is_exact(x):
+        return NotImplemented
+    saver = call.saver
+    if unary.from_output:
+        with torch.no_grad():
+            output = unary.function(x.detach())
+        if not saver.policy.narrows(output):
+            return NotImplemented
+        saved = Saved.of(saver.quantize(output, call.role("output")), "output")
+        output = DropITUnaryFunction.apply(x, output, unary, anchor(x), saved.recipe, *saved.tensors)
+        return saver.publish(output, saved)
+    saved = saver.save_whole(x, call.role("input"))
+    output = DropITUnaryFunction.apply(x, None, unary, anchor(x), saved.recipe, *saved.tensors)
+    return output if unary.keeps_output else saver.publish(output, saved.map(unary.name, unary.function))
 
 
 @stands_in_for("pow", "__pow__")
 def _pow(call: Call, x: Any, exponent: Any, **others: Any) -> Any:
-    if others or not tensors_of(x) or isinstance(exponent, Tensor) or exponent not in (2, 3, 4):
+    if others or isinstance(exponent, Tensor) or exponent not in (2, 3, 4):
         return NotImplemented
-    if not x.requires_grad or _is_exact(x, x.numel()):
-        return NotImplemented
-    saved = call.saver.save_whole(x, call.role("input"))
-    output: Tensor = DropITPowerFunction.apply(x, int(exponent), anchor(x), saved.recipe, *saved.tensors)
-    return call.saver.publish(output, saved.map("pow", partial(torch.pow, exponent=int(exponent))))
+    power = partial(torch.pow, exponent=exponent)
+    return _apply(call, Unary("pow", power, partial(_pow_gradient, int(exponent))), x)
+
+
+def _pow_gradient(exponent: int, grad: Tensor, x: Tensor, _: Any) -> Tensor:
+    return grad * ((x if exponent == 2 else x.pow(exponent - 1)) * exponent)
 
 
 @stands_in_for("square")
 def _square(call: Call, x: Any, **others: Any) -> Any:
-    return _pow(call, x, 2, **others)
+    return NotImplemented if others else _apply(call, Unary("square", torch.square, partial(_pow_gradient, 2)), x)
 
 
-class DropITSoftmaxFunction(LayerFunction):
-    """y = softmax(x) along ``dim``. The gradient is computed from y as it is restored."""
+@stands_in_for("exp")
+def _exp(call: Call, x: Any, **others: Any) -> Any:
+    if others:
+        return NotImplemented
+    return _apply(call, Unary("exp", torch.exp, lambda grad, y, _: grad * y, from_output=True), x)
 
-    @staticmethod
-    def forward(  # type: ignore[override]
-        input: Tensor, output: Tensor, dim: int, anchor: Tensor | None, recipe: Recipe, *saved: Tensor | None
-    ) -> Tensor:
-        """Give ``output`` its place in the graph."""
-        return output
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what restores the output."""
-        undefined_gradients_as_none(ctx)
-        input, computed, ctx.dim, anchor, ctx.recipe, *saved = inputs
-        ctx.mark_dirty(computed)
-        ctx.dtype = input.dtype
-        ctx.save_for_backward(anchor, *saved)
+@stands_in_for("softplus")
+def _softplus(call: Call, x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
+    gradient = torch.ops.aten.softplus_backward
+    function = partial(torch.nn.functional.softplus, beta=beta, threshold=threshold)
+    return _apply(call, Unary("softplus", function, lambda grad, x, _: gradient(grad, x, beta, threshold)), x)
 
-    @staticmethod
-    @none_for_none
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """y * (grad_output - sum(y * grad_output))."""
-        anchor, *saved = ctx.saved_tensors
-        y = ctx.recipe.restore(*saved)
-        grad = y * (grad_output - (y * grad_output).sum(dim=ctx.dim, keepdim=True))
-        return first_order_only(grad.to(ctx.dtype), anchor), *[None] * (len(saved) + 4)
+
+@stands_in_for("glu")
+def _glu(call: Call, x: Any, dim: int = -1) -> Any:
+    gradient = torch.ops.aten.glu_backward
+    function = partial(torch.nn.functional.glu, dim=dim)
+    return _apply(call, Unary("glu", function, lambda grad, x, _: gradient(grad, x, dim)), x)
 
 
 @stands_in_for("softmax")
-def _softmax(call: Call, x: Any, dim: Any = None, _stacklevel: int = 3, dtype: Any = None, **others: Any) -> Any:
-    if others or not isinstance(dim, int) or not tensors_of(x) or not x.requires_grad or _is_exact(x, x.numel()):
+def _softmax(call: Call, x: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None, **others: Any) -> Any:
+    if others or not isinstance(dim, int):
         return NotImplemented
     if isinstance(_stacklevel, torch.dtype):  # torch.softmax(x, dim, dtype)
         dtype = _stacklevel
-    with torch.no_grad():
-        output = torch.softmax(x.detach(), dim, dtype)
-    if not call.saver.policy.narrows(output):
+    function = partial(torch.softmax, dim=dim, dtype=dtype)
+    return _apply(call, Unary("softmax", function, partial(_softmax_gradient, dim), from_output=True), x)
+
+
+def _softmax_gradient(dim: int, grad: Tensor, y: Tensor, _: Any) -> Tensor:
+    return y * (grad - (y * grad).sum(dim=dim, keepdim=True))
+
+
+@stands_in_for("norm", "vector_norm", "linalg_vector_norm")
+def _norm(call: Call, x: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
+    order = others.pop("ord", p)
+    if any(value is not None for value in others.values()) or order not in (None, 2, "fro") or dim is None:
         return NotImplemented
-    saved = Saved.of(call.saver.quantize(output, call.role("output")), "output")
-    output = DropITSoftmaxFunction.apply(x, output, dim, anchor(x), saved.recipe, *saved.tensors)
-    return call.saver.publish(output, saved)
+    dims = (dim,) if isinstance(dim, int) else tuple(dim)
+    if order == "fro" and len(dims) > 2:
+        return NotImplemented
+    function = partial(torch.linalg.vector_norm, dim=dims, keepdim=keepdim)
+    return _apply(call, Unary("norm", function, partial(_norm_gradient, dims, keepdim), keeps_output=True), x)
+
+
+def _norm_gradient(dims: tuple[int, ...], keepdim: bool, grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """grad * x / |x|, or 0 where |x| is."""
+    if not keepdim:
+        for dim in sorted(each % x.dim() for each in dims):
+            grad, norm = grad.unsqueeze(dim), norm.unsqueeze(dim)
+    return (x * (grad / norm)).masked_fill_(norm == 0, 0)
+
+
+@stands_in_for("normalize")
+def _normalize(call: Call, x: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    norm = NotImplemented if out is not None or not wants_gradient(x) else _norm(call, x, p, dim, keepdim=True)
+    if norm is NotImplemented:
+        return NotImplemented
+    return _multiply(call, DIV, x, norm.clamp_min(eps).expand_as(x), exact_b=True)
+
+
+@stands_in_for("_grouped_mm")
+def _grouped_mm(call: Call, a: Any, b: Any, offs: Any = None, **others: Any) -> Any:
+    if any(value is not None for value in others.values()) or offs is None or not wants_gradient(a, b):
+        return NotImplemented
+    if a.dim() != 2 or b.dim() != 3:
+        return NotImplemented
+    grouped = partial(torch._grouped_mm, offs=offs)
+    product = Product(
+        "grouped_mm",
+        grouped,
+        lambda grad, a, b: grouped(grad, _transposed(b)),
+        lambda grad, a, b: grouped(_transposed(a), grad),
+    )
+    return _multiply(call, product, a, b)

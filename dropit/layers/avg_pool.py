@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dropit.layers.formats import autocast_as, each, placeholder, save_form
 from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 
@@ -70,6 +71,29 @@ class DropITAdaptiveAvgPoolFunction(LayerFunction):
         return with_zeros(grad_input, ctx.link), None, None
 
 
+def dropit_avg_pool(
+    input: Tensor,
+    count: int,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Compute average pooling of ([N,] C, *spatial) over the last ``count`` dimensions, and save nothing."""
+    input = autocast_as(partial(_PLAIN[count], kernel_size=1), input)  # type: ignore[operator]
+    stride = kernel_size if stride is None or stride == () else stride
+    sizes = [list(each(size, count)) for size in (kernel_size, stride, padding)]
+    rest = (ceil_mode, count_include_pad, divisor_override)
+    if count > 1:
+        return DropITAvgPoolFunction.apply(input, (*sizes, *rest), link_to(input))  # type: ignore[no-any-return]
+    # One dimension is two, as PyTorch has it.
+    flat = [[neutral, *size] for neutral, size in zip((1, 1, 0), sizes, strict=True)]
+    input = input.unsqueeze(-2)
+    return DropITAvgPoolFunction.apply(input, (*flat, *rest), link_to(input)).squeeze(-2)  # type: ignore[no-any-return]
+
+
 class _DropITAvgPool(DropITLayer, nn.modules.pooling._AvgPoolNd):
     dimensions: int
 
@@ -77,17 +101,8 @@ class _DropITAvgPool(DropITLayer, nn.modules.pooling._AvgPoolNd):
         """input: (N, C, *spatial) or (C, *spatial)."""
         if not self.saves(input):
             return super().forward(input)  # type: ignore[misc]
-        input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)  # type: ignore[operator]
-        given: list[Any] = [getattr(self, name) for name in ("kernel_size", "stride", "padding")]
-        given[1] = given[0] if given[1] is None else given[1]
-        sizes = [list(each(size, self.dimensions)) for size in given]
         rest = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
-        if self.dimensions > 1:
-            return DropITAvgPoolFunction.apply(input, (*sizes, *rest), link_to(input))
-        # One dimension is two, as PyTorch has it.
-        flat = [[neutral, *size] for neutral, size in zip((1, 1, 0), sizes, strict=True)]
-        input = input.unsqueeze(-2)
-        return DropITAvgPoolFunction.apply(input, (*flat, *rest), link_to(input)).squeeze(-2)
+        return dropit_avg_pool(input, self.dimensions, self.kernel_size, self.stride, self.padding, *rest)
 
 
 class _DropITAdaptiveAvgPool(DropITLayer, nn.modules.pooling._AdaptiveAvgPoolNd):
@@ -119,3 +134,14 @@ DropITAdaptiveAvgPool1d, DropITAdaptiveAvgPool2d, DropITAdaptiveAvgPool3d = (
     swap_class(_DropITAdaptiveAvgPool, plain, dimensions=dimensions)
     for dimensions, plain in enumerate((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d), start=1)
 )
+
+
+def _enter(count: int) -> None:
+    @stands_in_for(f"avg_pool{count}d", lossless=True)
+    def called(call: Call, input: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = wants_gradient(input) and input.dim() in (count + 1, count + 2)
+        return dropit_avg_pool(input, count, *args, **kwargs) if fits else NotImplemented
+
+
+for _count in _PLAIN:
+    _enter(_count)

@@ -12,9 +12,10 @@ from torch import nn
 from dropit.layers.functions import FunctionCalls, calls_functions, taking_calls
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import SWAPS, register_where
+from dropit.saver import Saver
 
 
-@register_where(calls_functions)
+@register_where(lambda plain: calls_functions(plain))
 class DropITCaller(DropITLayer, nn.Module):
     """A module whose forward calls functions: what they save is quantized, or a bit per element."""
 
@@ -28,7 +29,7 @@ class DropITCaller(DropITLayer, nn.Module):
         if not self.dropit_is_active():
             with nullcontext() if compiling else taking_calls(None):
                 return super().forward(*args, **kwargs)  # type: ignore[misc]
-        others = [module for module in self.modules() if _is_plain(module)]
+        others = [module for module in self.modules() if _is_left_out(module, self._dropit_saver)]
         if others and compiling:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         mode = FunctionCalls(self._dropit_saver)
@@ -39,9 +40,10 @@ class DropITCaller(DropITLayer, nn.Module):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether the module's own calls, if it makes any, are not to be taken: it was left out, or is in eval mode."""
-    return getattr(SWAPS.get(type(module)), "calls_functions", False)
+def _is_left_out(module: nn.Module, saver: Saver) -> bool:
+    """Whether the calls that the module's own code may make are not to be taken, as it was not converted."""
+    swap = SWAPS.get(type(module))
+    return swap is not None and (swap.calls_functions or saver.bits is not None or not swap.quantizes)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dropit.layers.formats import autocast, each, placeholder, save_form
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.saved import Recipe
@@ -53,18 +54,24 @@ class DropITConvFunction(LayerFunction):
         geometry: Geometry,
         anchor: Tensor | None,
         recipe: Recipe | None,
+        of_weight: Recipe | None,
+        count: int,
         *saved: Tensor | None,
     ) -> Tensor:
-        """Compute the plain forward; ``recipe.restore(*saved)`` gives the input back, if grad_weight is wanted."""
+        """Compute the plain forward.
+
+        ``recipe.restore`` of the first ``count`` of ``saved`` gives the input back, if grad_weight is wanted, and
+        ``of_weight.restore`` of the others the weight, where that is computed from parameters.
+        """
         return torch.convolution(input, weight, bias, *geometry)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the weight and what restores the input."""
         undefined_gradients_as_none(ctx)
-        input, weight, _, ctx.geometry, anchor, ctx.recipe, *saved = inputs
+        input, weight, _, ctx.geometry, anchor, ctx.recipe, ctx.of_weight, ctx.count, *saved = inputs
         save_form(ctx, input)
-        ctx.save_for_backward(weight, anchor, *saved)
+        ctx.save_for_backward(weight if ctx.of_weight is None else None, anchor, *saved)
 
     @staticmethod
     @none_for_none
@@ -73,32 +80,51 @@ class DropITConvFunction(LayerFunction):
         weight, anchor, *saved = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         # Of the input, grad_input needs the shape, and the layout for its own.
-        input = ctx.recipe.restore(*saved) if wanted[1] else placeholder(ctx, grad_output)
+        input = ctx.recipe.restore(*saved[: ctx.count]) if wanted[1] else placeholder(ctx, grad_output)
+        through = weight if anchor is None else anchor
+        if weight is None:
+            weight, through = ctx.of_weight.restore(*saved[ctx.count :]), grad_output
         bias_shape = [grad_output.shape[1]]
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             grad_output, input, weight, bias_shape, *ctx.geometry, wanted
         )
         if grad_weight is not None:
-            grad_weight = first_order_only(grad_weight, weight if anchor is None else anchor)
-        return grad_input, grad_weight, grad_bias, None, None, None, *[None] * len(saved)
+            grad_weight = first_order_only(grad_weight, through)
+        if grad_input is not None and ctx.of_weight is not None:
+            grad_input = first_order_only(grad_input, through)
+        return grad_input, grad_weight, grad_bias, *[None] * (len(saved) + 5)
 
 
-def dropit_conv(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, saver: Saver) -> Tensor:
+def dropit_conv(
+    input: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, saver: Saver, *, role: str = "input"
+) -> Tensor:
     """Compute ``torch.convolution``, and save for backward only what ``saver`` says of ``input`` ([N,] in, *spatial).
 
-    With a frozen weight it saves nothing of the input, where PyTorch saves it whole.
+    With a frozen weight it saves nothing of the input, where PyTorch saves it whole. ``role``: as in dropit_linear.
     """
     if input.dim() < weight.dim():
-        return dropit_conv(input.unsqueeze(0), weight, bias, geometry, saver).squeeze(0)
+        return dropit_conv(input.unsqueeze(0), weight, bias, geometry, saver, role=role).squeeze(0)
     if is_mapped(weight) or (not weight.requires_grad and _casts_once(input, bias)):
         return _plain_conv(input, weight, bias, geometry)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:
-        return DropITConvFunction.apply(x, w, b, geometry, None, None)  # type: ignore[no-any-return]
-    saved = saver.save(x, input, channel_dim=1)
+        return DropITConvFunction.apply(x, w, b, geometry, None, None, None, 0)  # type: ignore[no-any-return]
+    saved = saver.save(x, input, channel_dim=1, role=role)
     if saved is None:
         return _plain_conv(input, weight, bias, geometry)
-    return DropITConvFunction.apply(x, w, b, geometry, anchor(x), saved.recipe, *saved.tensors)  # type: ignore[no-any-return]
+    of_weight = saver.restorable(weight, w.dtype)
+    return DropITConvFunction.apply(  # type: ignore[no-any-return]
+        x,
+        w,
+        b,
+        geometry,
+        anchor(x),
+        saved.recipe,
+        of_weight and of_weight.recipe,
+        len(saved.tensors),
+        *saved.tensors,
+        *(of_weight.tensors if of_weight else ()),
+    )
 
 
 def _casts_once(*tensors: Tensor | None) -> bool:
@@ -184,3 +210,21 @@ DropITConv1d, DropITConv2d, DropITConv3d = (
 DropITConvTranspose1d, DropITConvTranspose2d, DropITConvTranspose3d = (
     swap_class(_DropITConvTranspose, plain) for plain in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 )
+
+
+@stands_in_for("conv1d", "conv2d", "conv3d")
+def _conv(
+    call: Call,
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    if not wants_gradient(input, weight, bias) or not is_usual(input, weight) or isinstance(padding, str):
+        return NotImplemented
+    count = weight.dim() - 2
+    geometry = Geometry(each(stride, count), each(padding, count), each(dilation, count), False, (0,) * count, groups)
+    return dropit_conv(input, weight, bias, geometry, call.saver, role=call.role("input"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dropit.layers.function import LayerFunction, none_for_none, undefined_gradients_as_none
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import save_mask, saved_mask
 from dropit.layers.table import register
@@ -56,3 +57,10 @@ class DropITDropout(DropITLayer, nn.Dropout):
             return super().forward(input)
         output, _ = DropITDropoutFunction.apply(input, self.p)
         return output  # type: ignore[no-any-return]
+
+
+@stands_in_for("dropout", lossless=True)
+def _dropout(call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training or inplace or not 0 < p < 1 or not wants_gradient(input):
+        return NotImplemented
+    return DropITDropoutFunction.apply(input, p)[0]

@@ -41,7 +41,7 @@ StandIn = Callable[..., Any]
 FUNCTIONS: dict[Any, StandIn] = {}
 NAMES: set[str] = {"ALL_ATTENTION_FUNCTIONS"}  # by which code calls them; the first is a table of Hugging Face's
 _attention = F.scaled_dot_product_attention  # in whose place estimate_cache has a function of its own
-_HOMES = (torch, torch.Tensor, F, torch.special)
+_HOMES = (torch, torch.Tensor, F, torch.special, torch.linalg)
 _SIGNS = {"mul": "*", "matmul": "@", "pow": "**", "div": "/"}
 _OF_OPCODE = {  # of Python 3.10
     "BINARY_MULTIPLY": "*",
@@ -184,6 +184,17 @@ def without_calls_taken(forward: Callable[..., Any]) -> Callable[..., Any]:
     return untouched
 
 
-def tensors_of(*values: Any) -> bool:
+def are_dense(*values: Any) -> bool:
     """Return whether each is a dense tensor of floating-point numbers."""
     return all(isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested for x in values)
+
+
+def wants_gradient(*tensors: Any) -> bool:
+    """Return whether they are dense tensors, or None but for the first, and the gradient of one is wanted."""
+    given = [x for x in tensors if x is not None]
+    return tensors[0] is not None and are_dense(*given) and any(x.requires_grad for x in given)
+
+
+def is_of_parameter(x: Tensor) -> bool:
+    """Return whether ``x`` is a parameter or a view of one, which is in memory anyway."""
+    return isinstance(x if x._base is None else x._base, nn.Parameter)

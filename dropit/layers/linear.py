@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dropit.layers.formats import as_non_view, autocast
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import register
 from dropit.saved import Recipe
@@ -107,3 +108,10 @@ class DropITLinear(DropITLayer, nn.Linear):
             return super().forward(input)
         # Each is read once: a parametrization computes it at each reading, and may change state (spectral norm).
         return dropit_linear(input, self.weight, self.bias, self._dropit_saver)
+
+
+@stands_in_for("linear")
+def _linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Any:
+    if not wants_gradient(input, weight, bias) or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        return NotImplemented
+    return dropit_linear(input, weight, bias, call.saver, role=call.role("input"))

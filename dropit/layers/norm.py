@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 
 from dropit.layers.formats import in_format, suggest_memory_format
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.functions import Call, is_of_parameter, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import register, swap_class
 from dropit.ops import Statistics
-from dropit.packed import is_dense_in_memory, memory_order
+from dropit.packed import is_dense_in_memory, keep_dense, memory_order
+from dropit.rematerialize import Published
 from dropit.saved import Recipe, Saved
 from dropit.saver import Saver
 from dropit.tracing import is_traced
@@ -195,7 +198,13 @@ class _DropITBatchNorm(DropITLayer, nn.modules.batchnorm._BatchNorm):
         if not self.saves(input) or not has_batches(input):
             return self.publish_unsaved(super().forward(input))
         self._check_input_dim(input)
-        return dropit_batch_norm(input, self, self._dropit_saver)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:
+                momentum = 1.0 / float(self.num_batches_tracked)
+        buffers = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
+        return dropit_batch_norm(input, *buffers, self.weight, self.bias, momentum, self.eps, saver=self._dropit_saver)
 
 
 def has_batches(input: Tensor) -> bool:
@@ -203,23 +212,27 @@ def has_batches(input: Tensor) -> bool:
     return input.is_floating_point() and input.dim() > 1 and input.numel() not in (0, input.shape[1])
 
 
-def dropit_batch_norm(input: Tensor, layer: nn.modules.batchnorm._BatchNorm, saver: Saver) -> Tensor:
-    """Compute what ``layer`` does in training, and save the normalized input in ``saver.bits`` bits."""
-    momentum = 0.0 if layer.momentum is None else layer.momentum
-    if layer.track_running_stats and layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-        if layer.momentum is None:
-            momentum = 1.0 / float(layer.num_batches_tracked)
-    buffers = (layer.running_mean, layer.running_var) if layer.track_running_stats else (None, None)
-    weight, bias = layer.weight, layer.bias  # read once
+def dropit_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+    *,
+    saver: Saver,
+) -> Tensor:
+    """Compute ``F.batch_norm`` in training, and save the normalized input in ``saver.bits`` bits."""
+    buffers = running_mean, running_var
     if any(x is not None and x.numel() != input.shape[1] for x in (*buffers, weight, bias)):
         # PyTorch's error: the operator below checks nothing, and reads and writes beyond the end.
-        return F.batch_norm(input, *buffers, weight, bias, True, momentum, layer.eps)
+        return F.batch_norm(input, *buffers, weight, bias, True, momentum, eps)
     with torch.no_grad():
         x = input.detach()
         # What F.batch_norm calls: it decides between cuDNN and PyTorch's own kernels.
         computed = torch._batch_norm_impl_index(
-            x, weight, bias, *buffers, True, momentum, layer.eps, torch.backends.cudnn.enabled
+            x, weight, bias, *buffers, True, momentum, eps, torch.backends.cudnn.enabled
         )
         output, mean, rstd = computed[:3]
         by_channel = (-1, *[1] * (x.dim() - 2))
@@ -244,25 +257,23 @@ class DropITLayerNorm(DropITLayer, nn.LayerNorm):
         """input: (..., *normalized_shape)."""
         if not self.saves(input):
             return self.publish_unsaved(super().forward(input))
-        return dropit_layer_norm(input, self, self._dropit_saver)
+        return dropit_layer_norm(
+            input, self.normalized_shape, self.weight, self.bias, self.eps, saver=self._dropit_saver
+        )
 
 
-def dropit_layer_norm(input: Tensor, layer: nn.LayerNorm, saver: Saver) -> Tensor:
-    """Compute what ``layer`` does of (..., C), and save the normalized input in ``saver.bits`` bits."""
-    x, w, b = _in_float("layer_norm", input, layer.weight, layer.bias)
-    shape = layer.normalized_shape
+def dropit_layer_norm(
+    input: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, *, saver: Saver
+) -> Tensor:
+    """Compute ``F.layer_norm`` of (..., *shape), and save the normalized input in ``saver.bits`` bits."""
+    x, w, b = _in_float("layer_norm", input, weight, bias)
     with torch.no_grad():
-        output, mean, rstd = torch.native_layer_norm(x, shape, w, b, layer.eps)
+        output, mean, rstd = torch.native_layer_norm(x, shape, w, b, eps)
         form = BackwardForm(tuple(shape), mean.dtype, saves_bias=True)
         if mean.dtype.itemsize < 4:  # in half precision on the CPU it computes with better ones than it returns
-            _, mean, rstd = torch.native_layer_norm(_wide(x), shape, None, None, layer.eps)
+            _, mean, rstd = torch.native_layer_norm(_wide(x), shape, None, None, eps)
         saved = _save_normalized(x.detach(), mean, rstd, mean.shape, _samplewise(x, rstd), saver)
     return _in_graph(DropITLayerNormFunction, (x, w, b, output, rstd), form, saved, saver)
-
-
-def dropit_layer_norm_2d(input: Tensor, layer: nn.LayerNorm, saver: Saver) -> Tensor:
-    """The same over the channels of (N, C, H, W)."""
-    return dropit_layer_norm(input.permute(0, 2, 3, 1), layer, saver).permute(0, 3, 1, 2)
 
 
 @register
@@ -276,22 +287,28 @@ class DropITGroupNorm(DropITLayer, nn.GroupNorm):
         """input: (N, C, *spatial)."""
         if not self.saves(input) or input.numel() == 0:
             return self.publish_unsaved(super().forward(input))
-        x, w, b = _in_float("group_norm", input, self.weight, self.bias)
-        sizes = _group_sizes(x, self.num_groups)
-        with torch.no_grad():
-            memory_format = torch.contiguous_format if x.is_cuda else suggest_memory_format(x)
-            dense = in_format(x, memory_format)
-            output, mean, rstd = torch.native_group_norm(dense, w, b, *sizes, self.eps)
-            form = BackwardForm((), mean.dtype, memory_format)
-            if mean.dtype.itemsize < 4:
-                _, mean, rstd = torch.native_group_norm(_wide(dense), None, None, *sizes, self.eps)
-            inner = _samplewise(dense, rstd) if self._dropit_saver.policy.narrows(dense) else 0
-            by_group = (mean, rstd) if inner else (_by_channel(mean, dense), _by_channel(rstd, dense))
-            shape = (*by_group[1].shape[:2], *[1] * (x.dim() - 2))
-            saved = _save_normalized(dense, *by_group, shape, inner, self._dropit_saver)
-        by_channel = (-1, *[1] * (x.dim() - 2))
-        tensors = (x, w, b, output, rstd)
-        return _in_graph(DropITGroupNormFunction, tensors, form, saved, self._dropit_saver, by_channel)
+        return dropit_group_norm(input, self.num_groups, self.weight, self.bias, self.eps, saver=self._dropit_saver)
+
+
+def dropit_group_norm(
+    input: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, *, saver: Saver
+) -> Tensor:
+    """Compute ``F.group_norm`` of (N, C, *spatial), and save the normalized input in ``saver.bits`` bits."""
+    x, w, b = _in_float("group_norm", input, weight, bias)
+    sizes = _group_sizes(x, groups)
+    with torch.no_grad():
+        memory_format = torch.contiguous_format if x.is_cuda else suggest_memory_format(x)
+        dense = in_format(x, memory_format)
+        output, mean, rstd = torch.native_group_norm(dense, w, b, *sizes, eps)
+        form = BackwardForm((), mean.dtype, memory_format)
+        if mean.dtype.itemsize < 4:
+            _, mean, rstd = torch.native_group_norm(_wide(dense), None, None, *sizes, eps)
+        inner = _samplewise(dense, rstd) if saver.policy.narrows(dense) else 0
+        by_group = (mean, rstd) if inner else (_by_channel(mean, dense), _by_channel(rstd, dense))
+        shape = (*by_group[1].shape[:2], *[1] * (x.dim() - 2))
+        saved = _save_normalized(dense, *by_group, shape, inner, saver)
+    by_channel = (-1, *[1] * (x.dim() - 2))
+    return _in_graph(DropITGroupNormFunction, (x, w, b, output, rstd), form, saved, saver, by_channel)
 
 
 @register
@@ -305,15 +322,23 @@ class DropITRMSNorm(DropITLayer, nn.RMSNorm):
         """x: (..., *normalized_shape)."""
         if not self.saves(x) or x.dtype not in _DEFAULT_EPS:
             return self.publish_unsaved(super().forward(x))
-        x, w, _ = _in_float("rms_norm", x, self.weight, None)
-        with torch.no_grad():
-            output = F.rms_norm(x, self.normalized_shape, w, self.eps)
-            dims = list(range(-len(self.normalized_shape), 0))
-            eps = _DEFAULT_EPS[x.dtype] if self.eps is None else self.eps
-            rstd = (_wide(x).square().mean(dim=dims, keepdim=True) + eps).rsqrt()
-            saved = _save_normalized(x.detach(), None, rstd, rstd.shape, _samplewise(x, rstd), self._dropit_saver)
-        form = BackwardForm(tuple(self.normalized_shape), saves_weight=x.requires_grad)
-        return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, saved, self._dropit_saver)
+        return dropit_rms_norm(x, self.normalized_shape, self.weight, self.eps, saver=self._dropit_saver)
+
+
+def dropit_rms_norm(
+    input: Tensor, shape: Sequence[int], weight: Tensor | None, eps: float | None, *, saver: Saver
+) -> Tensor:
+    """Compute ``F.rms_norm`` of (..., *shape), and save the normalized input in ``saver.bits`` bits."""
+    x, w, _ = _in_float("rms_norm", input, weight, None)
+    with torch.no_grad():
+        output = F.rms_norm(x, list(shape), w, eps)
+        dims = list(range(-len(shape), 0))
+        rstd = (
+            _wide(x).square().mean(dim=dims, keepdim=True) + (_DEFAULT_EPS[x.dtype] if eps is None else eps)
+        ).rsqrt()
+        saved = _save_normalized(x.detach(), None, rstd, rstd.shape, _samplewise(x, rstd), saver)
+    form = BackwardForm(tuple(shape), saves_weight=x.requires_grad)
+    return _in_graph(DropITRMSNormFunction, (x, w, None, output, rstd), form, saved, saver)
 
 
 def _default_eps(dtype: torch.dtype) -> float:
@@ -404,3 +429,79 @@ def _in_float(
     if in_autocast and x.dtype is not torch.float64:
         return x.float(), *(None if tensor is None else tensor.float() for tensor in (weight, bias))  # type: ignore[return-value]
     return x, weight, bias
+
+
+@stands_in_for("layer_norm")
+def _layer_norm(
+    call: Call, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    fits = wants_gradient(input, weight, bias) and tuple(input.shape[-len(normalized_shape) :]) == tuple(
+        normalized_shape
+    )
+    if not fits or input.numel() == 0 or not _is_shaped(normalized_shape, weight, bias):
+        return NotImplemented
+    return dropit_layer_norm(input, normalized_shape, weight, bias, eps, saver=call.saver)
+
+
+@stands_in_for("rms_norm")
+def _rms_norm(call: Call, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    fits = wants_gradient(input, weight) and tuple(input.shape[-len(normalized_shape) :]) == tuple(normalized_shape)
+    if not fits or input.numel() == 0 or input.dtype not in _DEFAULT_EPS or not _is_shaped(normalized_shape, weight):
+        return NotImplemented
+    return dropit_rms_norm(input, normalized_shape, weight, eps, saver=call.saver)
+
+
+@stands_in_for("group_norm")
+def _group_norm(
+    call: Call, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
+    if not wants_gradient(input, weight, bias) or input.dim() < 2 or input.numel() == 0:
+        return NotImplemented
+    if input.shape[1] % num_groups or not _is_shaped(input.shape[1:2], weight, bias):
+        return NotImplemented
+    return dropit_group_norm(input, num_groups, weight, bias, eps, saver=call.saver)
+
+
+@stands_in_for("batch_norm", lossless=True)
+def _batch_norm(
+    call: Call,
+    input: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *others: Any,
+) -> Any:
+    if others or not training or not wants_gradient(input, weight, bias) or not has_batches(input):
+        return NotImplemented
+    if is_of_parameter(input):
+        return _standardized(call, input, running_mean, running_var, weight, bias, momentum, eps)
+    if call.saver.bits is None:
+        return NotImplemented
+    return dropit_batch_norm(input, running_mean, running_var, weight, bias, momentum, eps, saver=call.saver)
+
+
+def _standardized(call: Call, weight: Tensor, *arguments: Any) -> Any:
+    """A convolution's weight, standardized as by a BatchNorm: whoever reads it computes it again in backward."""
+    mean, var, scale, bias, momentum, eps = arguments
+    if mean is not None or var is not None or bias is not None:
+        return NotImplemented
+    output = F.batch_norm(weight, mean, var, scale, bias, True, momentum, eps)
+    again = partial(_standardize, eps)
+    scales = () if scale is None else (scale.detach(),)
+    saved = Saved.of(keep_dense(weight), "weight").map("standardized", again, *scales)
+    return call.saver.memo.publish(output, Published(saved, _WHOLE))
+
+
+_WHOLE = 64  # bits: of what comes back exactly
+
+
+def _standardize(eps: float, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    return F.batch_norm(weight, None, None, scale, None, True, 0.0, eps)
+
+
+def _is_shaped(shape: Sequence[int], *tensors: Tensor | None) -> bool:
+    return all(tensor is None or tuple(tensor.shape) == tuple(shape) for tensor in tensors)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dropit import ops
 from dropit.layers.formats import autocast_as, each, placeholder, save_form
 from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.packed import flatten, unflatten
@@ -32,6 +33,12 @@ class Windows(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     ceil_mode: bool
+
+    @classmethod
+    def of(cls, count: int, size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Windows:
+        """Return them for ``count`` dimensions, from what PyTorch's functions and layers take."""
+        stride = size if stride is None or stride == () else stride
+        return cls(*(each(given, count) for given in (size, stride, padding, dilation)), ceil_mode)
 
 
 class DropITMaxPoolFunction(LayerFunction):
@@ -69,6 +76,12 @@ class DropITMaxPoolFunction(LayerFunction):
 
 def dropit_max_pool(input: Tensor, windows: Windows, memo: Memo) -> Tensor:
     """Compute max-pooling of ([N,] C, *spatial), and save an offset per window."""
+    count = len(windows.kernel_size)
+    input = autocast_as(partial(_PLAIN[count], kernel_size=1), input)
+    if count == 1:  # is two, as PyTorch has it
+        size, stride, padding, dilation, ceil_mode = windows
+        flat = Windows((1, *size), (1, *stride), (0, *padding), (1, *dilation), ceil_mode)
+        return dropit_max_pool(input.unsqueeze(-2), flat, memo).squeeze(-2)
     published = memo.published(input)
     output = DropITMaxPoolFunction.apply(input, windows, link_to(input))[0]
     return memo.publish(output, published and published.map("max pool", partial(_again, windows)))
@@ -121,28 +134,35 @@ class _DropITMaxPool(DropITLayer, nn.modules.pooling._MaxPoolNd):
 
     def forward(self, input: Tensor) -> Any:
         """input: (N, C, *spatial) or (C, *spatial)."""
-        windows = self._windows()
+        given = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
+        windows = Windows.of(self.dimensions, *given)
         if not self.saves(input) or self.return_indices or _size(windows) > 256:
             return self.pass_on_unsaved(super().forward, input)  # type: ignore[misc]
-        input = autocast_as(partial(_PLAIN[self.dimensions], kernel_size=1), input)
-        if self.dimensions > 1:
-            return dropit_max_pool(input, windows, self._dropit_memo)
-        # One dimension is two, as PyTorch has it.
-        flat = Windows((1, *windows[0]), (1, *windows[1]), (0, *windows[2]), (1, *windows[3]), self.ceil_mode)
-        return dropit_max_pool(input.unsqueeze(-2), flat, self._dropit_memo).squeeze(-2)
-
-    def _windows(self) -> Windows:
-        count, stride = self.dimensions, self.kernel_size if self.stride is None else self.stride
-        sizes = (
-            each(self.kernel_size, count),
-            each(stride, count),
-            each(self.padding, count),
-            each(self.dilation, count),
-        )
-        return Windows(*sizes, self.ceil_mode)
+        return dropit_max_pool(input, windows, self._dropit_memo)
 
 
 DropITMaxPool1d, DropITMaxPool2d, DropITMaxPool3d = (
     swap_class(_DropITMaxPool, plain, dimensions=dimensions)
     for dimensions, plain in enumerate((nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d), start=1)
 )
+
+
+def _enter(count: int) -> None:
+    @stands_in_for(f"max_pool{count}d", lossless=True)
+    def called(
+        call: Call,
+        input: Any,
+        kernel_size: Any,
+        stride: Any = None,
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+        return_indices: bool = False,
+    ) -> Any:
+        fits = not return_indices and wants_gradient(input) and input.dim() in (count + 1, count + 2)
+        windows = Windows.of(count, kernel_size, stride, padding, dilation, ceil_mode)
+        return dropit_max_pool(input, windows, call.saver.memo) if fits and _size(windows) <= 256 else NotImplemented
+
+
+for _count in _PLAIN:
+    _enter(_count)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import apply_saved_mask, save_mask, save_range_mask, saved_mask
 from dropit.layers.table import register
@@ -146,3 +147,25 @@ class DropITLeakyReLU(DropITLayer, nn.LeakyReLU):
         if not self.saves(input) or self.negative_slope <= 0:
             return self.pass_on_unsaved(super().forward, input)
         return dropit_relu(input, self._dropit_memo, self.inplace, slope=self.negative_slope)
+
+
+@stands_in_for("relu", lossless=True)
+def _relu(call: Call, input: Any, inplace: bool = False) -> Any:
+    return dropit_relu(input, call.saver.memo, inplace) if wants_gradient(input) else NotImplemented
+
+
+@stands_in_for("relu_", lossless=True)
+def _relu_in_place(call: Call, input: Any) -> Any:
+    return _relu(call, input, inplace=True)
+
+
+@stands_in_for("relu6", lossless=True)
+def _relu6(call: Call, input: Any, inplace: bool = False) -> Any:
+    return dropit_relu(input, call.saver.memo, inplace, upper=6.0) if wants_gradient(input) else NotImplemented
+
+
+@stands_in_for("leaky_relu", lossless=True)
+def _leaky_relu(call: Call, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
+    if not wants_gradient(input) or negative_slope <= 0:
+        return NotImplemented
+    return dropit_relu(input, call.saver.memo, inplace, slope=negative_slope)

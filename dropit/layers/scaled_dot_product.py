@@ -71,8 +71,8 @@ class DropITScaledDotProductFunction(LayerFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, heads, L, head_dim)."""
         anchor, *saved = ctx.saved_tensors
-        _, *grads = _attend_again(ctx, *saved, grad_context=grad_output)
-        return *(first_order_only(grad, anchor) for grad in grads), *[None] * 16
+        _, *grads = _attend_again(ctx, *saved, grad_context=grad_output, of_mask=ctx.needs_input_grad[3])
+        return *(None if grad is None else first_order_only(grad, anchor) for grad in grads), *[None] * 15
 
 
 class DropITAttentionFunction(LayerFunction):
@@ -111,15 +111,16 @@ class DropITAttentionFunction(LayerFunction):
         length, samples, _ = grad_output.shape
         heads = ctx.layouts[0].shape[1]
         grad_context = (grad_output @ weight).view(length, samples, heads, -1).permute(1, 2, 0, 3)
-        context, *grads = _attend_again(ctx, *saved, grad_context=grad_context)
+        of_mask = ctx.needs_input_grad[5]
+        context, *grads, grad_mask = _attend_again(ctx, *saved, grad_context=grad_context, of_mask=of_mask)
         grad_weight = grad_bias = None
         rows = as_rows(grad_output)
         if ctx.needs_input_grad[3]:
             grad_weight = rows.t() @ as_rows(_side_by_side(context))
         if ctx.needs_input_grad[4]:
             grad_bias = rows.sum(dim=0)
-        once = [None if grad is None else first_order_only(grad, anchor) for grad in (*grads, grad_weight)]
-        return *once, grad_bias, *[None] * 16
+        once = [None if grad is None else first_order_only(grad, anchor) for grad in (*grads, grad_weight, grad_mask)]
+        return *once[:4], grad_bias, once[4], *[None] * 15
 
 
 def _save(ctx: Any, parts: list[Any], *others: Tensor | None) -> None:
@@ -128,16 +129,17 @@ def _save(ctx: Any, parts: list[Any], *others: Tensor | None) -> None:
 
 
 def _attend_again(
-    ctx: Any, mask: Tensor | None, random: Tensor | None, *tensors: Tensor | None, grad_context: Tensor
-) -> tuple[Tensor, ...]:
-    """The context, and the gradients of q, k and v, from what :func:`_save` saved."""
+    ctx: Any, mask: Tensor | None, random: Tensor | None, *tensors: Tensor | None, grad_context: Tensor, of_mask: bool
+) -> tuple[Any, ...]:
+    """The context, and the gradients of q, k, v and, if it is wanted, the mask, from what :func:`_save` saved."""
     packed = zip(tensors[::3], tensors[1::3], tensors[2::3], ctx.layouts, strict=True)
     q, k, v = (ops.unpack(Packed(*each)) for each in packed)  # type: ignore[arg-type]
     # PyTorch's own kernel is the faster one, but cannot be differentiated within a graph that is being traced, and
     # draws dropout's mask from the generator that everybody uses.
     if is_traced() or (random is not None and not q.is_cuda):
-        return _attend_by_formula(q, k, v, mask, ctx.arguments, random, grad_context)
-    return _attend_by_kernel(q, k, v, mask, ctx.arguments, random, grad_context)
+        found = _attend_by_formula(q, k, v, mask, ctx.arguments, random, grad_context)
+        return *found[:4], found[4] if of_mask else None
+    return _attend_by_kernel(q, k, v, mask, ctx.arguments, random, grad_context, of_mask)
 
 
 def _side_by_side(context: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ def _side_by_side(context: Tensor) -> Tensor:
 
 def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments) -> bool:
     """Whether attention can be told to keep q, k and v in few bits: wherever it could be run again in backward."""
-    if is_mapped(q) or (mask is not None and mask.requires_grad) or arguments.dropout >= 1:
+    if is_mapped(q) or arguments.dropout >= 1:
         return False
     if arguments.dropout > 0 and k.shape[:-2] != v.shape[:-2]:
         return False  # which PyTorch takes where groups of queries share keys
@@ -159,10 +161,7 @@ def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments
 def dropit_scaled_dot_product(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments, saver: Saver
 ) -> Tensor:
-    """Compute ``F.scaled_dot_product_attention``, and save q, k and v, (N, heads, L, head_dim), in ``saver.bits`` bits.
-
-    ``mask`` gets no gradient.
-    """
+    """Compute ``F.scaled_dot_product_attention``; save q, k and v, (N, heads, L, head_dim), in ``saver.bits`` bits."""
     q, k, v = autocast(q, k, v)
     return DropITScaledDotProductFunction.apply(q, k, v, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
 
@@ -202,14 +201,20 @@ def _attend_by_kernel(
     arguments: AttentionArguments,
     random: Tensor | None,
     grad_context: Tensor,
-) -> tuple[Tensor, ...]:
+    of_mask: bool,
+) -> tuple[Any, ...]:
     devices = [q.device.index] if q.is_cuda else []
     with torch.enable_grad(), torch.random.fork_rng(devices, enabled=random is not None):
         if random is not None:
             _set_random_state(random, q.device)
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        inputs = (q, k, v)
+        if mask is not None and of_mask:
+            mask = mask.detach().requires_grad_()
+            inputs = (*inputs, mask)
         context = arguments.attend(q, k, v, mask)
-        return context.detach(), *torch.autograd.grad(context, (q, k, v), grad_context)
+        grads = torch.autograd.grad(context, inputs, grad_context)
+        return context.detach(), *grads, *[None] * (4 - len(grads))
 
 
 def _attend_by_formula(
@@ -220,7 +225,7 @@ def _attend_by_formula(
     arguments: AttentionArguments,
     random: Tensor | None,
     grad_context: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """The same, with the weights (N, heads, L, S) in memory for a while."""
     groups = q.shape[-3] // k.shape[-3] if arguments.enable_gqa else 1
     if groups > 1:
@@ -239,9 +244,11 @@ def _attend_by_formula(
     grad_weights = grad_context @ v.transpose(-2, -1)
     if kept is not None:
         grad_weights = grad_weights * kept
-    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
+    grad_masked = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
+    grad_mask = None if mask is None or mask.dtype is torch.bool else grad_masked.sum_to_size(mask.shape).to(mask.dtype)
+    grad_scores = grad_masked * scale
     grad_k, grad_v = grad_scores.transpose(-2, -1) @ q, dropped.transpose(-2, -1) @ grad_context
-    return dropped @ v, grad_scores @ k, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups)
+    return dropped @ v, grad_scores @ k, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups), grad_mask
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -23,11 +23,7 @@ CALLERS: dict[Callable[[type[nn.Module]], bool], type[DropITLayer]] = {}
 _LAZY = {
     "transformers.pytorch_utils": "dropit.layers.huggingface",
     "transformers.activations": "dropit.layers.huggingface",
-    "timm.layers.norm": "dropit.layers.timm",
-    "timm.layers.norm_act": "dropit.layers.timm",
-    "timm.layers.std_conv": "dropit.layers.timm",
     "timm.layers.activations": "dropit.layers.timm",
-    "torchvision.models.convnext": "dropit.layers.torchvision",
 }
 # What DropIT shows of a layer, where the layer's class has nothing of that name itself.
 _SHOWN = ("saver", "strategy", "plain")
