@@ -139,7 +139,7 @@ def _configure(model: nn.Module, targets: Targets, policy: SavePolicy, setting: 
     memo = memo_of(model)
     for fqn, (module, swap) in targets.items():
         choice = setting.get(fqn, Choice())
-        wanted = swap.drops_input or not swap.quantizes or choice.bits is not None
+        wanted = swap.drops_input or swap.calls_functions or not swap.quantizes or choice.bits is not None
         swap_in(module, swap if wanted else None, Saver(policy.replaced(**choice._asdict()), memo, fqn))
 
 

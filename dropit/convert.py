@@ -131,7 +131,7 @@ def find_targets(model: nn.Module, filter_fn: Filter | None) -> Targets:
         swap = swap_for(plain_type(module))
         if swap is not None and not obstacle(module, swap) and (filter_fn is None or filter_fn(module, fqn)):
             targets[fqn] = (module, swap)
-    if not any(swap.drops_input for _, swap in targets.values()):
+    if not any(swap.drops_input or swap.calls_functions for _, swap in targets.values()):
         raise ValueError(_nothing_converted(model))
     return targets
 
@@ -166,7 +166,8 @@ def remove_state(module: nn.Module) -> None:
 def _is_wanted(swap: type[DropITLayer], compress: str) -> bool:
     if swap.drops_input:
         return True
-    return compress in _BITS if swap.quantizes else compress != "none"
+    quantized_only = swap.quantizes and not swap.calls_functions
+    return compress in _BITS if quantized_only else compress != "none"
 
 
 def _value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dropit.layers import (
     PARTS_OF_FORWARD,
@@ -109,8 +110,9 @@ def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
 
 def reportable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers that DropIT could make save less, or that save their input for a weight gradient, with names."""
-    attentions = [module for module in model.modules() if isinstance(module, nn.MultiheadAttention)]
-    inside = {id(child) for attention in attentions for child in attention.children()}  # which attention never calls
+    # The children of the one are never called, those of the other compute weights.
+    closed = [module for module in model.modules() if isinstance(module, (nn.MultiheadAttention, ParametrizationList))]
+    inside = {id(child) for each in closed for child in each.children()}
     for fqn, module in model.named_modules():
         known = swap_for(plain_type(module)) is not None or isinstance(module, (*WEIGHTED, *SWAPS))
         if known and id(module) not in inside:
@@ -125,11 +127,15 @@ def _reason(module: nn.Module) -> str:
     plain = plain_type(module)
     swap = swap_for(plain)
     if swap is not None:
-        return obstacle(module, swap) or (_NOT_QUANTIZED if swap.quantizes and not swap.drops_input else PLAIN)
+        return obstacle(module, swap) or (_NOT_QUANTIZED if _needs_bits(swap) else PLAIN)
     parent = parent_in_table(plain)
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"
     return "not converted: this type is not supported"
+
+
+def _needs_bits(swap: type[DropITLayer]) -> bool:
+    return swap.quantizes and not swap.drops_input and not swap.calls_functions
 
 
 def obstacle(module: nn.Module, swap: type[DropITLayer]) -> str:

@@ -20,9 +20,9 @@ class Subclass(nn.Linear):
     """Its forward is nn.Linear's."""
 
 
-class Scaled(nn.Linear):
+class Distance(nn.Linear):
     def forward(self, input):
-        return 2 * super().forward(input)
+        return torch.cdist(input, self.weight)
 
 
 def small_net():
@@ -176,7 +176,10 @@ def test_the_arguments_reach_the_strategy():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Sequential(Scaled(4, 4), Scaled(4, 4)), r"converted 0 of 2: Scaled x2: .*its forward is not Linear's"),
+        (
+            nn.Sequential(Distance(4, 4), Distance(4, 4)),
+            r"converted 0 of 2: Distance x2: .*its forward is not Linear's",
+        ),
         (nn.Sequential(nn.LazyLinear(4)), r"converted 0 of 1: LazyLinear x1: .*run a forward pass first"),
         (
             nn.Sequential(nn.Bilinear(4, 4, 1)),
@@ -223,12 +226,12 @@ def test_a_refused_gamma_leaves_the_model_alone():
 
 def test_coverage_says_of_each_layer_what_became_of_it():
     model = nn.Sequential(
-        nn.Linear(8, 8), Scaled(8, 8), nn.MultiheadAttention(8, 2), nn.Bilinear(8, 8, 1), nn.ReLU(), nn.GELU()
+        nn.Linear(8, 8), Distance(8, 8), nn.MultiheadAttention(8, 2), nn.Bilinear(8, 8, 1), nn.ReLU(), nn.GELU()
     )
     report = dropit.coverage(dropit.to_dropit(model))
     assert [(row.fqn, row.type, row.status.split(":")[0]) for row in report] == [
         ("0", "Linear", "converted"),
-        ("1", "Scaled", "not converted"),
+        ("1", "Distance", "not converted"),
         ("2", "MultiheadAttention", "converted"),
         ("3", "Bilinear", "not converted"),
         ("4", "ReLU", "converted"),
@@ -246,7 +249,7 @@ def test_coverage_with_a_meter_names_what_keeps_a_layer_from_helping():
             self.first, self.second, self.third = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
 
         def forward(self, x):
-            return nn.functional.linear(self.second(torch.relu(self.first(x))), self.third.weight)
+            return nn.functional.linear(self.second(self.first(x).abs().sqrt()), self.third.weight)
 
     model = dropit.to_dropit(Net())
     with dropit.CacheMeter(model) as meter:
@@ -254,11 +257,12 @@ def test_coverage_with_a_meter_names_what_keeps_a_layer_from_helping():
     report = dropit.coverage(model, meter)
     assert [row.status for row in report] == [
         "converted",
-        "converted, but its input is saved by Relu in the model (1.00 MiB) as well",
+        "converted",
+        "converted, but its input is saved by Sqrt in the model (1.00 MiB) as well",
         "converted, but not called: another module may read its weight by itself",
     ]
-    assert report.summary() == "converted 3 of 3, of which 2 free nothing (their notes say why)"
-    assert dropit.coverage(model).summary() == "converted 3 of 3"
+    assert report.summary() == "converted 4 of 4, of which 2 free nothing (their notes say why)"
+    assert dropit.coverage(model).summary() == "converted 4 of 4"
     y.sum().backward()
 
 

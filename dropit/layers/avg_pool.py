@@ -101,7 +101,7 @@ class _DropITAvgPool(DropITLayer, nn.modules.pooling._AvgPoolNd):
         """input: (N, C, *spatial) or (C, *spatial)."""
         if not self.saves(input):
             return super().forward(input)  # type: ignore[misc]
-        rest = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
+        rest: Any = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
         return dropit_avg_pool(input, self.dimensions, self.kernel_size, self.stride, self.padding, *rest)
 
 
@@ -137,7 +137,7 @@ DropITAdaptiveAvgPool1d, DropITAdaptiveAvgPool2d, DropITAdaptiveAvgPool3d = (
 
 
 def _enter(count: int) -> None:
-    @stands_in_for(f"avg_pool{count}d", lossless=True)
+    @stands_in_for(f"avg_pool{count}d", unquantized=True)
     def called(call: Call, input: Any, *args: Any, **kwargs: Any) -> Any:
         fits = wants_gradient(input) and input.dim() in (count + 1, count + 2)
         return dropit_avg_pool(input, count, *args, **kwargs) if fits else NotImplemented

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from dropit.layers.functions import FunctionCalls, calls_functions, taking_calls
 from dropit.layers.layer import DropITLayer
@@ -15,9 +16,9 @@ from dropit.layers.table import SWAPS, register_where
 from dropit.saver import Saver
 
 
-@register_where(lambda plain: calls_functions(plain))
+@register_where(calls_functions)
 class DropITCaller(DropITLayer, nn.Module):
-    """A module whose forward calls functions: what they save is quantized, or a bit per element."""
+    """A module whose forward calls functions: what they save is packed, quantized, or a bit per element."""
 
     plain = nn.Module
     quantizes = True
@@ -42,6 +43,8 @@ class DropITCaller(DropITLayer, nn.Module):
 
 def _is_left_out(module: nn.Module, saver: Saver) -> bool:
     """Whether the calls that the module's own code may make are not to be taken, as it was not converted."""
+    if isinstance(module, ParametrizationList):  # it computes weights
+        return True
     swap = SWAPS.get(type(module))
     return swap is not None and (swap.calls_functions or saver.bits is not None or not swap.quantizes)
 

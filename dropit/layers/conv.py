@@ -212,7 +212,7 @@ DropITConvTranspose1d, DropITConvTranspose2d, DropITConvTranspose3d = (
 )
 
 
-@stands_in_for("conv1d", "conv2d", "conv3d")
+@stands_in_for("conv1d", "conv2d", "conv3d", unquantized=True)
 def _conv(
     call: Call,
     input: Any,

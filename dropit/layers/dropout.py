@@ -59,7 +59,7 @@ class DropITDropout(DropITLayer, nn.Dropout):
         return output  # type: ignore[no-any-return]
 
 
-@stands_in_for("dropout", lossless=True)
+@stands_in_for("dropout", unquantized=True)
 def _dropout(call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training or inplace or not 0 < p < 1 or not wants_gradient(input):
         return NotImplemented

@@ -51,10 +51,14 @@ _OF_OPCODE = {  # of Python 3.10
 }
 
 
-def stands_in_for(*names: str, lossless: bool = False) -> Callable[[StandIn], StandIn]:
+def _cached(function: Callable[[type[nn.Module]], bool]) -> Callable[[type[nn.Module]], bool]:
+    return functools.cache(function)  # which mypy takes to be of less
+
+
+def stands_in_for(*names: str, unquantized: bool = False) -> Callable[[StandIn], StandIn]:
     """Have the decorated function called in place of PyTorch's functions and Tensor's methods of these names.
 
-    ``lossless``: it does so where nothing is quantized, too.
+    ``unquantized``: it is where nothing is quantized, too: it is lossless, or drops.
     """
 
     def enter(stand_in: StandIn) -> StandIn:
@@ -64,20 +68,23 @@ def stands_in_for(*names: str, lossless: bool = False) -> Callable[[StandIn], St
 
         for name in names:
             homes = [home for home in _HOMES if hasattr(home, name)]
-            FUNCTIONS.update({getattr(home, name): stand_in if lossless else where_quantized for home in homes})
+            FUNCTIONS.update({getattr(home, name): stand_in if unquantized else where_quantized for home in homes})
             NAMES.update({name, _SIGNS.get(name, name)})
         return stand_in
 
     return enter
 
 
-@functools.cache
+@_cached
 def calls_functions(plain: type[nn.Module]) -> bool:
     """Whether the class's forward, or what that calls of its class or package, names a function of the table."""
     home, forward = plain.__module__, inspect.unwrap(plain.forward)
-    if home.startswith("torch.") and not home.startswith("torch.nn.modules."):  # wrappers of models, as DDP
+    if not isinstance(forward, FunctionType) or issubclass(plain, nn.modules.lazy.LazyModuleMixin):
         return False
-    return isinstance(forward, FunctionType) and _names_one(forward.__code__, forward.__globals__, plain, set())
+    if not home.startswith("torch."):
+        return _names_one(forward.__code__, forward.__globals__, plain, set())
+    # Its layers call functions; its wrappers of models, as DDP, do not.
+    return home.startswith("torch.nn.modules.") and _layer_names_one(forward, plain)
 
 
 def _names_one(code: CodeType, namespace: dict[str, Any], plain: type, seen: set[CodeType]) -> bool:
@@ -122,12 +129,19 @@ def _is_one(value: Any) -> bool:
 
 
 def _leads_to_one(value: Any, plain: type, seen: set[CodeType]) -> bool:
-    """Whether it is a function, of Python and not PyTorch's own, that names one."""
-    value = getattr(value, "__func__", value)  # of a staticmethod or classmethod
-    if not isinstance(value, FunctionType) or value.__module__.partition(".")[0] == "torch":
+    """Whether it is a function of Python that names one, or leads to one itself unless it is PyTorch's."""
+    value = inspect.unwrap(getattr(value, "__func__", value)) if callable(value) else None
+    if not isinstance(value, FunctionType):
         return False
-    inner = inspect.unwrap(value)
-    return isinstance(inner, FunctionType) and _names_one(inner.__code__, inner.__globals__, plain, seen)
+    if value.__module__.startswith("torch."):
+        return value.__module__.startswith("torch.nn.modules.") and _layer_names_one(value, plain)
+    return _names_one(value.__code__, value.__globals__, plain, seen)
+
+
+def _layer_names_one(forward: FunctionType, plain: type) -> bool:
+    """The same for a layer of PyTorch's, whose operators are between numbers."""
+    named = _named(forward.__code__, forward.__globals__, plain)
+    return any(_is_one(value) for value in named if value not in _SIGNS.values())
 
 
 class FunctionCalls(TorchFunctionMode):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dropit.layers.functions import without_calls_taken
 from dropit.rematerialize import Memo
 from dropit.saver import Saver
 from dropit.tracing import is_mapped
@@ -62,9 +61,6 @@ class DropITLayer(nn.Module):
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Do not call the plain class's, which may keep a list of its subclasses."""
-        forward = vars(cls).get("forward")
-        if forward is not None and not cls.calls_functions:
-            cls.forward = without_calls_taken(forward)  # type: ignore[method-assign]
 
     @property
     def _dropit_memo(self) -> Memo:
@@ -115,7 +111,7 @@ class DropITLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the plain layer's, and the strategy or the number of bits."""
         now = ""
-        if self.drops_input and not self._dropit_off:
+        if (self.drops_input or self.calls_functions) and not self._dropit_off:
             now = f"strategy={self._dropit_saver}"
         elif self.quantizes and not self._dropit_off:
             now = f"bits={self._dropit_saver.bits}"

@@ -110,7 +110,7 @@ class DropITLinear(DropITLayer, nn.Linear):
         return dropit_linear(input, self.weight, self.bias, self._dropit_saver)
 
 
-@stands_in_for("linear")
+@stands_in_for("linear", unquantized=True)
 def _linear(call: Call, input: Any, weight: Any, bias: Any = None) -> Any:
     if not wants_gradient(input, weight, bias) or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
         return NotImplemented

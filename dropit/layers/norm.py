@@ -462,7 +462,7 @@ def _group_norm(
     return dropit_group_norm(input, num_groups, weight, bias, eps, saver=call.saver)
 
 
-@stands_in_for("batch_norm", lossless=True)
+@stands_in_for("batch_norm", unquantized=True)
 def _batch_norm(
     call: Call,
     input: Any,

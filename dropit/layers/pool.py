@@ -38,7 +38,7 @@ class Windows(NamedTuple):
     def of(cls, count: int, size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool) -> Windows:
         """Return them for ``count`` dimensions, from what PyTorch's functions and layers take."""
         stride = size if stride is None or stride == () else stride
-        return cls(*(each(given, count) for given in (size, stride, padding, dilation)), ceil_mode)
+        return cls(each(size, count), each(stride, count), each(padding, count), each(dilation, count), ceil_mode)
 
 
 class DropITMaxPoolFunction(LayerFunction):
@@ -148,7 +148,7 @@ DropITMaxPool1d, DropITMaxPool2d, DropITMaxPool3d = (
 
 
 def _enter(count: int) -> None:
-    @stands_in_for(f"max_pool{count}d", lossless=True)
+    @stands_in_for(f"max_pool{count}d", unquantized=True)
     def called(
         call: Call,
         input: Any,

@@ -149,22 +149,22 @@ class DropITLeakyReLU(DropITLayer, nn.LeakyReLU):
         return dropit_relu(input, self._dropit_memo, self.inplace, slope=self.negative_slope)
 
 
-@stands_in_for("relu", lossless=True)
+@stands_in_for("relu", unquantized=True)
 def _relu(call: Call, input: Any, inplace: bool = False) -> Any:
     return dropit_relu(input, call.saver.memo, inplace) if wants_gradient(input) else NotImplemented
 
 
-@stands_in_for("relu_", lossless=True)
+@stands_in_for("relu_", unquantized=True)
 def _relu_in_place(call: Call, input: Any) -> Any:
     return _relu(call, input, inplace=True)
 
 
-@stands_in_for("relu6", lossless=True)
+@stands_in_for("relu6", unquantized=True)
 def _relu6(call: Call, input: Any, inplace: bool = False) -> Any:
     return dropit_relu(input, call.saver.memo, inplace, upper=6.0) if wants_gradient(input) else NotImplemented
 
 
-@stands_in_for("leaky_relu", lossless=True)
+@stands_in_for("leaky_relu", unquantized=True)
 def _leaky_relu(call: Call, input: Any, negative_slope: float = 0.01, inplace: bool = False) -> Any:
     if not wants_gradient(input) or negative_slope <= 0:
         return NotImplemented

@@ -208,7 +208,7 @@ def _attend_by_kernel(
         if random is not None:
             _set_random_state(random, q.device)
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        inputs = (q, k, v)
+        inputs: tuple[Tensor, ...] = (q, k, v)
         if mask is not None and of_mask:
             mask = mask.detach().requires_grad_()
             inputs = (*inputs, mask)

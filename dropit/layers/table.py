@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from dropit.layers.functions import without_calls_taken
 from dropit.layers.layer import DropITLayer
 
 SWAPS: dict[type[nn.Module], type[DropITLayer]] = {}
@@ -66,6 +67,8 @@ def swap_class(layer: type[DropITLayer], plain: type[nn.Module], **members: Any)
 
 
 def _enter(plain: type[nn.Module], layer: type[DropITLayer]) -> None:
+    if not layer.calls_functions:
+        layer.forward = without_calls_taken(layer.forward)  # type: ignore[method-assign]
     SWAPS[plain] = layer
     _PLAIN[layer] = plain
 
