@@ -53,6 +53,7 @@ class Curve(NamedTuple):
 
 _GELU_FLOOR = {2: -2.2, 4: -2.2, 8: -3.5, 16: -5.0}  # f' is -0.064, -0.0028, -7.1e-6
 _SILU_FLOOR = {2: -3.6, 4: -3.6, 8: -7.5, 16: -14.0}  # f' is -0.067, -0.0036, -1.1e-5
+SIGMOID_FLOOR = {2: -2.6, 4: -2.6, 8: -5.5, 16: -11.0}  # of softplus' derivative: 0.069, 0.0041, 1.7e-5
 # f' jumps from 0 to -1/2 at -3, which rounding must not cross: half a step is less than 1 as long as all magnitudes of
 # the group are below 2 steps, 14 in 4 bits. The levels of 2 bits follow the group, and may cross it.
 _HARDSWISH_FLOOR = dict.fromkeys((2, 4, 8, 16), -4.0)
@@ -67,6 +68,10 @@ def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
 
 
+def _softplus_backward(beta: float, threshold: float, grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.softplus_backward(grad, x, beta, threshold)  # type: ignore[no-any-return]
+
+
 CURVES: dict[str, Curve] = {
     "gelu": Curve(lambda x, _: F.gelu(x), _aten.gelu_backward, _GELU_FLOOR),
     "gelu_tanh": Curve(lambda x, _: F.gelu(x, approximate="tanh"), _gelu_tanh_backward, _GELU_FLOOR),
@@ -79,6 +84,7 @@ CURVES: dict[str, Curve] = {
     ),
     "mish": Curve(lambda x, inplace: F.mish(x, inplace), _aten.mish_backward, _SILU_FLOOR),
     "hardswish": Curve(lambda x, inplace: F.hardswish(x, inplace), _aten.hardswish_backward, _HARDSWISH_FLOOR),
+    "softplus": Curve(lambda x, _: F.softplus(x), partial(_softplus_backward, 1.0, 20.0), SIGMOID_FLOOR),
     "sigmoid": Curve(lambda x, _: torch.sigmoid(x), _aten.sigmoid_backward, center=0.5),
     "tanh": Curve(lambda x, _: torch.tanh(x), _aten.tanh_backward, center=0.0),
 }
@@ -217,6 +223,11 @@ DropITTanh = swap_class(DropITActivation, nn.Tanh, curve="tanh")
 @stands_in_for("gelu")
 def _gelu(call: Call, input: Any, *, approximate: str = "none") -> Any:
     return _activate(call, input, "gelu" if approximate == "none" else "gelu_tanh")
+
+
+@stands_in_for("softplus")
+def _softplus(call: Call, input: Any, beta: float = 1, threshold: float = 20) -> Any:
+    return _activate(call, input, "softplus") if (beta, threshold) == (1, 20) else NotImplemented
 
 
 def _activate(call: Call, input: Any, name: str, inplace: bool = False) -> Any:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dropit.layers.activation import SIGMOID_FLOOR
 from dropit.layers.formats import autocast
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
@@ -189,12 +190,14 @@ def _addmm(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
 class Unary(NamedTuple):
     """y = function(x), and the gradient of x from that of y and x, or y where it is ``from_output``.
 
-    ``gradient(grad, saved, y)``: the y is exact where it is ``keeps_output``, and None elsewhere.
+    ``gradient(grad, saved, y)``: the y is exact where it is ``keeps_output``, and None elsewhere. ``bound(bits, x)``:
+    what is saved in the place of x.
     """
 
     name: str
     function: Callable[[Tensor], Tensor]
     gradient: Callable[[Tensor, Tensor, Any], Tensor]
+    bound: Callable[[int, Tensor], Tensor] | None = None
     from_output: bool = False
     keeps_output: bool = False
 
@@ -245,7 +248,10 @@ def _apply(call: Call, unary: Unary, x: Tensor) -> Any:
         saved = Saved.of(saver.quantize(output, call.role("output")), "output")
         output = DropITUnaryFunction.apply(x, output, unary, anchor(x), saved.recipe, *saved.tensors)
         return saver.publish(output, saved)
-    saved = saver.save_whole(x, call.role("input"))
+    if unary.bound is not None and saver.bits is not None:
+        saved = Saved.of(saver.quantize(unary.bound(saver.bits, x.detach()), call.role("input")))
+    else:
+        saved = saver.save_whole(x, call.role("input"))
     output = DropITUnaryFunction.apply(x, None, unary, anchor(x), saved.recipe, *saved.tensors)
     return output if unary.keeps_output else saver.publish(output, saved.map(unary.name, unary.function))
 
@@ -274,18 +280,17 @@ def _exp(call: Call, x: Any, **others: Any) -> Any:
     return _apply(call, Unary("exp", torch.exp, lambda grad, y, _: grad * y, from_output=True), x)
 
 
-@stands_in_for("softplus")
-def _softplus(call: Call, x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
-    gradient = torch.ops.aten.softplus_backward
-    function = partial(torch.nn.functional.softplus, beta=beta, threshold=threshold)
-    return _apply(call, Unary("softplus", function, lambda grad, x, _: gradient(grad, x, beta, threshold)), x)
-
-
 @stands_in_for("glu")
 def _glu(call: Call, x: Any, dim: int = -1) -> Any:
     gradient = torch.ops.aten.glu_backward
     function = partial(torch.nn.functional.glu, dim=dim)
-    return _apply(call, Unary("glu", function, lambda grad, x, _: gradient(grad, x, dim)), x)
+    return _apply(call, Unary("glu", function, lambda grad, x, _: gradient(grad, x, dim), partial(_bound_gate, dim)), x)
+
+
+def _bound_gate(dim: int, bits: int, x: Tensor) -> Tensor:
+    """Bound the half that sigmoid takes where that saturates, so that what is huge or infinite is of no effect."""
+    a, b = x.chunk(2, dim)
+    return torch.cat([a, b.clamp(min=SIGMOID_FLOOR[bits])], dim)
 
 
 @stands_in_for("softmax")

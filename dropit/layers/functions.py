@@ -52,7 +52,7 @@ _OF_OPCODE = {  # of Python 3.10
 
 
 def _cached(function: Callable[[type[nn.Module]], bool]) -> Callable[[type[nn.Module]], bool]:
-    return functools.cache(function)  # which mypy takes to be of less
+    return functools.cache(function)  # type: ignore[return-value]  # as types have hashes
 
 
 def stands_in_for(*names: str, unquantized: bool = False) -> Callable[[StandIn], StandIn]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dropit import ops
 from dropit.layers.formats import as_non_view, autocast
@@ -57,7 +58,11 @@ class DropITScaledDotProductFunction(LayerFunction):
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
-        return as_non_view(arguments.attend(q, k, v, mask))
+        if mask is None or not mask.requires_grad or torch.compiler.is_compiling():
+            return as_non_view(arguments.attend(q, k, v, mask))
+        # Which kernel computes depends on whether the mask's gradient is wanted; what it saves is not.
+        with torch.enable_grad(), saved_tensors_hooks(lambda _: None, lambda _: None):  # type: ignore[arg-type, return-value]
+            return as_non_view(arguments.attend(q, k, v, mask).detach())
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
