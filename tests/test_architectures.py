@@ -66,7 +66,9 @@ def check_coverage(model, meter, calls, nodes):
     if all(layer.strategy.gamma == 0 for layer in packing.values()):
         assert nodes == 0  # what is stored as it is, is left to PyTorch
         return
-    assert expected + attentions <= nodes <= expected + 2 * attentions
+    assert expected + attentions <= nodes
+    if not any(layer.calls_functions for layer in layers.values()):  # whose calls of F.linear drop as well
+        assert nodes <= expected + 2 * attentions
 
 
 @pytest.mark.parametrize("make", ARCHITECTURES.values(), ids=ARCHITECTURES)
