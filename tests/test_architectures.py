@@ -1,4 +1,4 @@
-"""Thirty-one architectures train a step: at gamma 0 with plain gradients, and never holding more than plain."""
+"""Seventy-one architectures train a step: at gamma 0 with plain gradients, and never holding more than plain."""
 
 import copy
 from collections import Counter
@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 import dropit
-from benchmarks.architectures import ARCHITECTURES
+from benchmarks.zoo import ARCHITECTURES
 
 
 def step(model, loss_of):

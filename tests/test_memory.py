@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 import dropit
-from benchmarks.architectures import bert
+from benchmarks.zoo import bert
 from dropit import CacheMeter
 
 MIB = 2**20

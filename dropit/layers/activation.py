@@ -53,7 +53,9 @@ class Curve(NamedTuple):
 
 _GELU_FLOOR = {2: -2.2, 4: -2.2, 8: -3.5, 16: -5.0}  # f' is -0.064, -0.0028, -7.1e-6
 _SILU_FLOOR = {2: -3.6, 4: -3.6, 8: -7.5, 16: -14.0}  # f' is -0.067, -0.0036, -1.1e-5
-SIGMOID_FLOOR = {2: -2.6, 4: -2.6, 8: -5.5, 16: -11.0}  # of softplus' derivative: 0.069, 0.0041, 1.7e-5
+# Of the sigmoid, which is 2e-9 there, where it is a factor or softplus' derivative: all of a tensor may be far left, as
+# the logarithms of a Mamba's steps are, so that only what is huge or infinite is bounded.
+SIGMOID_FLOOR = dict.fromkeys((2, 4, 8, 16), -20.0)
 # f' jumps from 0 to -1/2 at -3, which rounding must not cross: half a step is less than 1 as long as all magnitudes of
 # the group are below 2 steps, 14 in 4 bits. The levels of 2 bits follow the group, and may cross it.
 _HARDSWISH_FLOOR = dict.fromkeys((2, 4, 8, 16), -4.0)

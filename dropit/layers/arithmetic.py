@@ -25,7 +25,7 @@ _BROADCAST = 16  # times that an operand is repeated to be small beside the resu
 
 
 class Product(NamedTuple):
-    """y = c + a * b with one of several meanings of *. Each gradient is a function of y's, a and b.
+    """y = beta * c + a * b with one of several meanings of *. Each gradient is a function of y's, a and b.
 
     ``function(a, b)``, or of a, b and c where there is a c. ``needed``: by the gradient of a, and of b: whether a, b.
     """
@@ -35,6 +35,7 @@ class Product(NamedTuple):
     grad_a: Callable[[Tensor, Any, Any], Tensor]
     grad_b: Callable[[Tensor, Any, Any], Tensor]
     needed: tuple[tuple[bool, bool], tuple[bool, bool]] = ((False, True), (True, False))
+    beta: float = 1.0
 
 
 class DropITProductFunction(LayerFunction):
@@ -74,7 +75,10 @@ class DropITProductFunction(LayerFunction):
             first_order_only(_formed(function(grad_output, a, b), form), anchor) if wanted else None
             for function, wanted, form in zip(functions, ctx.needs_input_grad[:2], ctx.forms[:2], strict=True)
         ]
-        grad_c = _formed(grad_output, ctx.forms[2]) if ctx.needs_input_grad[2] else None
+        grad_c = None
+        if ctx.needs_input_grad[2]:
+            beta = ctx.product.beta
+            grad_c = _formed(grad_output if beta == 1 else beta * grad_output, ctx.forms[2])
         return *grads, grad_c, *[None] * (len(saved) + 4)
 
 
@@ -128,17 +132,25 @@ def _anchor_of(*tensors: Tensor) -> Tensor | None:
 
 def _is_exact(x: Tensor, size: int = 0) -> bool:
     """Whether an operand of a result of ``size`` elements is to be saved as it is."""
-    return is_of_parameter(x) or x.numel() < _SMALL or x.numel() * _BROADCAST <= size
+    return is_of_parameter(x) or x.numel() < _SMALL or x.numel() * _BROADCAST <= size or _is_saved_part(x)
+
+
+def _is_saved_part(x: Tensor) -> bool:
+    """Whether ``x`` is a part of a tensor that is saved whole, as an exponential's output is for its derivative.
+
+    So are the decays of a recurrence that a loop computes, whose rounding errors would add up over its steps.
+    """
+    return x._base is not None and x.numel() < x._base.numel() and hasattr(type(x._base.grad_fn), "_saved_result")
 
 
 @stands_in_for("mul", "multiply")
-def _mul(call: Call, a: Any, b: Any, **others: Any) -> Any:
-    if others:
+def _mul(call: Call, input: Any, other: Any = None, **more: Any) -> Any:
+    if more:
         return NotImplemented
-    if isinstance(b, (int, float)):
-        return _scale(call, a, b)
-    both = are_dense(a, b) and a.requires_grad and b.requires_grad
-    return _multiply(call, MUL, a, b) if both else NotImplemented
+    if isinstance(other, (int, float)):
+        return _scale(call, input, other)
+    both = are_dense(input, other) and input.requires_grad and other.requires_grad
+    return _multiply(call, MUL, input, other) if both else NotImplemented
 
 
 def _scale(call: Call, x: Any, factor: float) -> Any:
@@ -150,41 +162,86 @@ def _scale(call: Call, x: Any, factor: float) -> Any:
 
 
 @stands_in_for("addcmul")
-def _addcmul(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
-    both = not others and are_dense(a, b, c) and a.requires_grad and b.requires_grad
-    return _multiply(call, ADDCMUL, a, b, c) if both else NotImplemented
+def _addcmul(call: Call, input: Any, tensor1: Any = None, tensor2: Any = None, **more: Any) -> Any:
+    dense = not more and are_dense(input, tensor1, tensor2)
+    if not dense or not (tensor1.requires_grad and tensor2.requires_grad):
+        return NotImplemented
+    return _multiply(call, ADDCMUL, tensor1, tensor2, input)
 
 
 @stands_in_for("div", "divide", "true_divide")
-def _div(call: Call, a: Any, b: Any, **others: Any) -> Any:
-    if others or not are_dense(a, b) or not b.requires_grad:
+def _div(call: Call, input: Any, other: Any = None, **more: Any) -> Any:
+    if more or not are_dense(input, other) or not other.requires_grad:
         return NotImplemented
-    return _multiply(call, DIV, a, b, exact_b=True)
+    return _multiply(call, DIV, input, other, exact_b=True)
 
 
-@stands_in_for("matmul", "bmm", "mm", "__matmul__")
-def _matmul(call: Call, a: Any, b: Any, **others: Any) -> Any:
-    if others or not wants_gradient(a, b) or b is None or min(a.dim(), b.dim()) < 2:
-        return NotImplemented
-    return _multiply(call, MATMUL, *autocast(a, b))
+@stands_in_for("matmul", "__matmul__")
+def _matmul(call: Call, input: Any, other: Any = None, **more: Any) -> Any:
+    fits = not more and are_dense(input, other) and wants_gradient(input, other)
+    return (
+        _multiply(call, MATMUL, *autocast(input, other))
+        if fits and min(input.dim(), other.dim()) > 1
+        else NotImplemented
+    )
+
+
+@stands_in_for("bmm", "mm")
+def _mm(call: Call, input: Any, mat2: Any = None, **more: Any) -> Any:
+    return _matmul(call, input, mat2, **more)
 
 
 @stands_in_for("baddbmm")
-def _baddbmm(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
-    fits = not others and wants_gradient(a, b) and are_dense(b, c) and a.dim() == b.dim() == 3
-    if not fits:
-        return NotImplemented
-    c, a, b = autocast(c, a, b)
-    return _multiply(call, BADDBMM, a, b, c)
+def _baddbmm(call: Call, input: Any, batch1: Any = None, batch2: Any = None, **more: Any) -> Any:
+    return _add_product(call, BADDBMM, input, batch1, batch2, **more)
 
 
 @stands_in_for("addmm")
-def _addmm(call: Call, c: Any, a: Any, b: Any, **others: Any) -> Any:
-    fits = not others and wants_gradient(a, b) and are_dense(b, c) and a.dim() == b.dim() == 2
-    if not fits:
+def _addmm(call: Call, input: Any, mat1: Any = None, mat2: Any = None, **more: Any) -> Any:
+    return _add_product(call, ADDMM, input, mat1, mat2, **more)
+
+
+def _add_product(
+    call: Call, product: Product, c: Any, a: Any, b: Any, *, beta: Any = 1, alpha: Any = 1, **more: Any
+) -> Any:
+    if more or not are_dense(a, b, c) or not wants_gradient(a, b) or not a.dim() == b.dim() > 1:
         return NotImplemented
+    if (beta, alpha) != (1, 1):
+        product = _weighted(product, beta, alpha)
     c, a, b = autocast(c, a, b)
-    return _multiply(call, ADDMM, a, b, c)
+    return _multiply(call, product, a, b, c)
+
+
+def _weighted(product: Product, beta: float, alpha: float) -> Product:
+    """Return beta * c + alpha * a * b."""
+    function = torch.addmm if product is ADDMM else torch.baddbmm
+    return product._replace(
+        function=lambda a, b, c: function(c, a, b, beta=beta, alpha=alpha),
+        grad_a=lambda g, a, b: alpha * product.grad_a(g, a, b),
+        grad_b=lambda g, a, b: alpha * product.grad_b(g, a, b),
+        beta=beta,
+    )
+
+
+@stands_in_for("einsum")
+def _einsum(call: Call, equation: Any, *operands: Any) -> Any:
+    """Of two operands, each of whose indices the other one or the result has."""
+    a, b = operands if len(operands) == 2 else (None, None)
+    if not isinstance(equation, str) or not are_dense(a, b) or not wants_gradient(a, b):
+        return NotImplemented
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    left, _, right = given.partition(",")
+    parts = (left, right, result)
+    repeated = any(len(set(part)) < len(part) for part in parts) or "." in equation or not arrow
+    if repeated or not set(left) <= set(right + result) or not set(right) <= set(left + result):
+        return NotImplemented
+    product = Product(
+        "einsum",
+        partial(torch.einsum, equation),
+        lambda g, a, b: torch.einsum(f"{result},{right}->{left}", g, b),
+        lambda g, a, b: torch.einsum(f"{left},{result}->{right}", a, g),
+    )
+    return _multiply(call, product, *autocast(a, b))
 
 
 class Unary(NamedTuple):
@@ -257,11 +314,11 @@ def _apply(call: Call, unary: Unary, x: Tensor) -> Any:
 
 
 @stands_in_for("pow", "__pow__")
-def _pow(call: Call, x: Any, exponent: Any, **others: Any) -> Any:
-    if others or isinstance(exponent, Tensor) or exponent not in (2, 3, 4):
+def _pow(call: Call, input: Any, exponent: Any = None, **more: Any) -> Any:
+    if more or isinstance(exponent, Tensor) or exponent not in (2, 3, 4):
         return NotImplemented
     power = partial(torch.pow, exponent=exponent)
-    return _apply(call, Unary("pow", power, partial(_pow_gradient, int(exponent))), x)
+    return _apply(call, Unary("pow", power, partial(_pow_gradient, int(exponent))), input)
 
 
 def _pow_gradient(exponent: int, grad: Tensor, x: Tensor, _: Any) -> Tensor:
@@ -269,22 +326,17 @@ def _pow_gradient(exponent: int, grad: Tensor, x: Tensor, _: Any) -> Tensor:
 
 
 @stands_in_for("square")
-def _square(call: Call, x: Any, **others: Any) -> Any:
-    return NotImplemented if others else _apply(call, Unary("square", torch.square, partial(_pow_gradient, 2)), x)
-
-
-@stands_in_for("exp")
-def _exp(call: Call, x: Any, **others: Any) -> Any:
-    if others:
-        return NotImplemented
-    return _apply(call, Unary("exp", torch.exp, lambda grad, y, _: grad * y, from_output=True), x)
+def _square(call: Call, input: Any, **more: Any) -> Any:
+    return NotImplemented if more else _apply(call, Unary("square", torch.square, partial(_pow_gradient, 2)), input)
 
 
 @stands_in_for("glu")
-def _glu(call: Call, x: Any, dim: int = -1) -> Any:
+def _glu(call: Call, input: Any, dim: int = -1) -> Any:
     gradient = torch.ops.aten.glu_backward
     function = partial(torch.nn.functional.glu, dim=dim)
-    return _apply(call, Unary("glu", function, lambda grad, x, _: gradient(grad, x, dim), partial(_bound_gate, dim)), x)
+    return _apply(
+        call, Unary("glu", function, lambda grad, x, _: gradient(grad, x, dim), partial(_bound_gate, dim)), input
+    )
 
 
 def _bound_gate(dim: int, bits: int, x: Tensor) -> Tensor:
@@ -294,13 +346,13 @@ def _bound_gate(dim: int, bits: int, x: Tensor) -> Tensor:
 
 
 @stands_in_for("softmax")
-def _softmax(call: Call, x: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None, **others: Any) -> Any:
-    if others or not isinstance(dim, int):
+def _softmax(call: Call, input: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None, **more: Any) -> Any:
+    if more or not isinstance(dim, int):
         return NotImplemented
     if isinstance(_stacklevel, torch.dtype):  # torch.softmax(x, dim, dtype)
         dtype = _stacklevel
     function = partial(torch.softmax, dim=dim, dtype=dtype)
-    return _apply(call, Unary("softmax", function, partial(_softmax_gradient, dim), from_output=True), x)
+    return _apply(call, Unary("softmax", function, partial(_softmax_gradient, dim), from_output=True), input)
 
 
 def _softmax_gradient(dim: int, grad: Tensor, y: Tensor, _: Any) -> Tensor:
@@ -308,15 +360,15 @@ def _softmax_gradient(dim: int, grad: Tensor, y: Tensor, _: Any) -> Tensor:
 
 
 @stands_in_for("norm", "vector_norm", "linalg_vector_norm")
-def _norm(call: Call, x: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **others: Any) -> Any:
-    order = others.pop("ord", p)
-    if any(value is not None for value in others.values()) or order not in (None, 2, "fro") or dim is None:
+def _norm(call: Call, input: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **more: Any) -> Any:
+    order = more.pop("ord", p)
+    if any(value is not None for value in more.values()) or order not in (None, 2, "fro") or dim is None:
         return NotImplemented
     dims = (dim,) if isinstance(dim, int) else tuple(dim)
     if order == "fro" and len(dims) > 2:
         return NotImplemented
     function = partial(torch.linalg.vector_norm, dim=dims, keepdim=keepdim)
-    return _apply(call, Unary("norm", function, partial(_norm_gradient, dims, keepdim), keeps_output=True), x)
+    return _apply(call, Unary("norm", function, partial(_norm_gradient, dims, keepdim), keeps_output=True), input)
 
 
 def _norm_gradient(dims: tuple[int, ...], keepdim: bool, grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
@@ -328,18 +380,17 @@ def _norm_gradient(dims: tuple[int, ...], keepdim: bool, grad: Tensor, x: Tensor
 
 
 @stands_in_for("normalize")
-def _normalize(call: Call, x: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
-    norm = NotImplemented if out is not None or not wants_gradient(x) else _norm(call, x, p, dim, keepdim=True)
+def _normalize(call: Call, input: Any, p: float = 2.0, dim: Any = 1, eps: float = 1e-12, out: Any = None) -> Any:
+    norm = NotImplemented if out is not None or not wants_gradient(input) else _norm(call, input, p, dim, keepdim=True)
     if norm is NotImplemented:
         return NotImplemented
-    return _multiply(call, DIV, x, norm.clamp_min(eps).expand_as(x), exact_b=True)
+    return _multiply(call, DIV, input, norm.clamp_min(eps).expand_as(input), exact_b=True)
 
 
 @stands_in_for("_grouped_mm")
-def _grouped_mm(call: Call, a: Any, b: Any, offs: Any = None, **others: Any) -> Any:
-    if any(value is not None for value in others.values()) or offs is None or not wants_gradient(a, b):
-        return NotImplemented
-    if a.dim() != 2 or b.dim() != 3:
+def _grouped_mm(call: Call, input: Any, mat2: Any = None, offs: Any = None, **more: Any) -> Any:
+    fits = offs is not None and all(value is None for value in more.values()) and are_dense(input, mat2)
+    if not fits or not wants_gradient(input, mat2) or (input.dim(), mat2.dim()) != (2, 3):
         return NotImplemented
     grouped = partial(torch._grouped_mm, offs=offs)
     product = Product(
@@ -348,4 +399,4 @@ def _grouped_mm(call: Call, a: Any, b: Any, offs: Any = None, **others: Any) -> 
         lambda grad, a, b: grouped(grad, _transposed(b)),
         lambda grad, a, b: grouped(_transposed(a), grad),
     )
-    return _multiply(call, product, a, b)
+    return _multiply(call, product, input, mat2)
