@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_function(name):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("name", [name for name, curve in CURVES.items() if curve.floor])
+@pytest.mark.parametrize("name", [name for name, curve in CURVES.items() if curve.floor and name != "softplus"])
 def test_to_the_left_of_its_floor_a_function_has_vanished(name, bits):
     curve, levels = CURVES[name], reference.CODES[bits][0]
     floor = curve.floor[bits]

@@ -285,7 +285,7 @@ class ByParent(ByMethod):
 
 class ByLambda(nn.Module):
     def forward(self, x):
-        return (lambda y: torch.exp(y))(x)
+        return (lambda y: torch.sigmoid(y))(x)
 
 
 class BySign(nn.Module):

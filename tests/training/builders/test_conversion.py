@@ -73,4 +73,4 @@ def test_nothing_but_the_argument_converts(config):
     cfg = load(config)
     plain, converted = (build_module(cfg, convert=convert).model for convert in (False, True))
     assert dropit.coverage(plain).converted == 0
-    assert dropit.coverage(converted).converted == 27
+    assert dropit.coverage(converted).converted == 28

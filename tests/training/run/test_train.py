@@ -32,7 +32,7 @@ def test_a_run_leaves_its_scalars_pages_and_checkpoints(config, capsys):
     assert "encoder.layers.encoder_layer_0.mlp.0.weight" in {key.removeprefix("model.") for key in best["state_dict"]}
     assert "GAMMA: 0.9" in best["config"]
     out = capsys.readouterr().out
-    assert "DropIT: fastmink, gamma 0.9: converted 27 of 40 layers" in out
+    assert "DropIT: fastmink, gamma 0.9: converted 28 of 41 layers" in out
     summary = {line.split()[0]: line for line in out.splitlines() if line}
     assert f"{cache[-1]:.2f} MiB saved for backward, {dense[-1]:.2f} plain (-34" in summary["cache"]
     assert "ms per step" in summary["time"]
