@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dropit.layers.activation import SIGMOID_FLOOR
-from dropit.layers.formats import autocast
+from dropit.layers.formats import as_non_view, autocast
 from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
 from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
 from dropit.packed import keep_dense
@@ -53,7 +53,7 @@ class DropITProductFunction(LayerFunction):
         *saved: Tensor | None,
     ) -> Tensor:
         """The plain forward; the first ``count`` of ``saved`` restore a, the others b."""
-        return product.function(a, b) if c is None else product.function(a, b, c)
+        return as_non_view(product.function(a, b) if c is None else product.function(a, b, c))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -105,6 +105,8 @@ ADDMM = MATMUL._replace(name="addmm", function=lambda a, b, c: torch.addmm(c, a,
 def _multiply(
     call: Call, product: Product, a: Tensor, b: Tensor, c: Tensor | None = None, exact_b: bool = False
 ) -> Tensor:
+    if torch.compiler.is_compiling() and a is b:  # which takes no tensor twice
+        b = b.view_as(b)
     by_factor = zip(*product.needed, strict=True)
     needed = [(of_a and a.requires_grad) or (of_b and b.requires_grad) for of_a, of_b in by_factor]
     elementwise = product.grad_a in (MUL.grad_a, DIV.grad_a)
@@ -140,6 +142,8 @@ def _is_saved_part(x: Tensor) -> bool:
 
     So are the decays of a recurrence that a loop computes, whose rounding errors would add up over its steps.
     """
+    if torch.compiler.is_compiling():
+        return False
     return x._base is not None and x.numel() < x._base.numel() and hasattr(type(x._base.grad_fn), "_saved_result")
 
 
@@ -293,7 +297,8 @@ class DropITUnaryFunction(LayerFunction):
         return first_order_only(grad, anchor), *[None] * (len(saved) + 4)
 
 
-def _apply(call: Call, unary: Unary, x: Tensor) -> Any:
+def apply_unary(call: Call, unary: Unary, x: Tensor) -> Any:
+    """Compute ``unary`` of ``x``, and save in few bits what its gradient needs; NotImplemented if that gains none."""
     if not wants_gradient(x) or _is_exact(x):
         return NotImplemented
     saver = call.saver
@@ -318,7 +323,7 @@ def _pow(call: Call, input: Any, exponent: Any = None, **more: Any) -> Any:
     if more or isinstance(exponent, Tensor) or exponent not in (2, 3, 4):
         return NotImplemented
     power = partial(torch.pow, exponent=exponent)
-    return _apply(call, Unary("pow", power, partial(_pow_gradient, int(exponent))), input)
+    return apply_unary(call, Unary("pow", power, partial(_pow_gradient, int(exponent))), input)
 
 
 def _pow_gradient(exponent: int, grad: Tensor, x: Tensor, _: Any) -> Tensor:
@@ -327,14 +332,16 @@ def _pow_gradient(exponent: int, grad: Tensor, x: Tensor, _: Any) -> Tensor:
 
 @stands_in_for("square")
 def _square(call: Call, input: Any, **more: Any) -> Any:
-    return NotImplemented if more else _apply(call, Unary("square", torch.square, partial(_pow_gradient, 2)), input)
+    return (
+        NotImplemented if more else apply_unary(call, Unary("square", torch.square, partial(_pow_gradient, 2)), input)
+    )
 
 
 @stands_in_for("glu")
 def _glu(call: Call, input: Any, dim: int = -1) -> Any:
     gradient = torch.ops.aten.glu_backward
     function = partial(torch.nn.functional.glu, dim=dim)
-    return _apply(
+    return apply_unary(
         call, Unary("glu", function, lambda grad, x, _: gradient(grad, x, dim), partial(_bound_gate, dim)), input
     )
 
@@ -352,7 +359,7 @@ def _softmax(call: Call, input: Any, dim: Any = None, _stacklevel: Any = 3, dtyp
     if isinstance(_stacklevel, torch.dtype):  # torch.softmax(x, dim, dtype)
         dtype = _stacklevel
     function = partial(torch.softmax, dim=dim, dtype=dtype)
-    return _apply(call, Unary("softmax", function, partial(_softmax_gradient, dim), from_output=True), input)
+    return apply_unary(call, Unary("softmax", function, partial(_softmax_gradient, dim), from_output=True), input)
 
 
 def _softmax_gradient(dim: int, grad: Tensor, y: Tensor, _: Any) -> Tensor:
@@ -368,7 +375,7 @@ def _norm(call: Call, input: Any, p: Any = None, dim: Any = None, keepdim: bool 
     if order == "fro" and len(dims) > 2:
         return NotImplemented
     function = partial(torch.linalg.vector_norm, dim=dims, keepdim=keepdim)
-    return _apply(call, Unary("norm", function, partial(_norm_gradient, dims, keepdim), keeps_output=True), input)
+    return apply_unary(call, Unary("norm", function, partial(_norm_gradient, dims, keepdim), keeps_output=True), input)
 
 
 def _norm_gradient(dims: tuple[int, ...], keepdim: bool, grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ class FunctionCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        stand_in = FUNCTIONS.get(_attention if func is F.scaled_dot_product_attention else func)
+        stand_in = _stand_in_of(_attention if func is F.scaled_dot_product_attention else func)
         if stand_in is None or self.suspended or not torch.is_grad_enabled():
             return func(*args, **named)
         if self._scope is not None and (not self._scope.is_current() or _is_transformed()):
@@ -164,6 +164,15 @@ class FunctionCalls(TorchFunctionMode):
         self._calls += 1
         output = stand_in(Call(self._saver, self._calls), *args, **named)
         return func(*args, **named) if output is NotImplemented else output
+
+
+def _stand_in_of(func: Any) -> StandIn | None:
+    if not torch.compiler.is_compiling():
+        return FUNCTIONS.get(func)
+    for function, stand_in in FUNCTIONS.items():  # a compiler does not find all functions in a dict
+        if function is func:
+            return stand_in
+    return None
 
 
 def _is_transformed() -> bool:
@@ -199,8 +208,8 @@ def without_calls_taken(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def are_dense(*values: Any) -> bool:
-    """Return whether each is a dense tensor of floating-point numbers."""
-    return all(isinstance(x, Tensor) and x.is_floating_point() and not x.is_nested for x in values)
+    """Return whether each is a dense tensor of floating-point numbers, and of no class with functions of its own."""
+    return all(type(x) in (Tensor, nn.Parameter) and x.is_floating_point() and not x.is_nested for x in values)
 
 
 def wants_gradient(*tensors: Any) -> bool:

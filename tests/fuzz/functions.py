@@ -134,12 +134,52 @@ def _write_over(x: Tensor, y: Tensor) -> Tensor:
     return x.copy_(y)
 
 
+def _gate(x: Tensor, y: Tensor) -> Tensor:
+    return F.silu(x) * y
+
+
+def _attend(x: Tensor, y: Tensor) -> Tensor:
+    return F.softmax(x @ y.transpose(-1, -2), dim=-1) @ y
+
+
+def _divide(x: Tensor, y: Tensor) -> Tensor:
+    return x / (y.square() + 1)
+
+
+def _normalize(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)
+
+
+def call_for(rng: Random) -> Callable[[Tensor], Tensor]:
+    """A function of a tensor, as a module's own code calls it."""
+    return rng.choice(
+        [
+            F.relu,
+            F.gelu,
+            torch.sigmoid,
+            Tensor.tanh,
+            F.softplus,
+            _normalize,
+            Tensor.square,
+            partial(F.softmax, dim=-1),
+            partial(F.normalize, dim=-1),
+            partial(F.dropout, p=0.3),
+            partial(F.leaky_relu, negative_slope=0.2),
+            partial(torch.linalg.vector_norm, dim=-1, keepdim=True),
+            partial(torch.mul, other=0.5),
+        ]
+    )
+
+
 def combination_for(rng: Random) -> tuple[Callable[[Tensor, Tensor], Tensor], bool]:
     """A function of two tensors of one shape, and whether it writes to the first."""
     combinations: list[tuple[Callable[[Tensor, Tensor], Tensor], bool]] = [
         (torch.add, False),
         (torch.add, False),
         (torch.mul, False),
+        (_gate, False),
+        (_attend, False),
+        (_divide, False),
         (torch.maximum, False),
         (partial(_beside, -1), False),
         (partial(_beside, 1), False),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fuzz import functions, hooks, modules
@@ -43,6 +44,8 @@ class Graph(nn.Module):
 
     def values(self, x: Tensor) -> list[Tensor]:
         """What each step gives, the input first."""
+        if not self.steps:  # never; but as this names a function, to_dropit has the calls of all steps taken
+            return [F.relu(x)]
         values = [x]
         for step in self.steps:
             function = step.function if step.layer is None else self.layers[step.layer]
@@ -101,8 +104,8 @@ class Builder:
 
     def grow(self, count: int) -> Builder:
         """Try to add so many steps."""
-        kinds: list[Callable[[], bool]] = [self._module, self._view, self._write, self._combine, self._call_again]
-        weights = [12, 4, 2.5, 3, 1.5]
+        kinds = [self._module, self._call, self._view, self._write, self._combine, self._call_again]
+        weights = [12, 4, 4, 2.5, 4, 1.5]
         if not self.nested:
             kinds, weights = [*kinds, self._segment], [*weights, 2.5]
         for _ in range(count):
@@ -169,6 +172,13 @@ class Builder:
         if functions.may_return_its_input(layer) or functions.writes(layer):
             return False
         return self._add(Step((index,), layer=number), layer, root=None)
+
+    def _call(self) -> bool:
+        index = self._pick()
+        if not self.values[index].example.is_floating_point():
+            return False
+        function = functions.call_for(self.rng)
+        return self._add(Step((index,), function), function, root=None)
 
     def _view(self) -> bool:
         index = self._pick()
