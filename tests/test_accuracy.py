@@ -111,9 +111,8 @@ def test_a_run_gives_its_numbers_again_and_one_that_is_done_is_not_run_again(stu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["digits_resnet", "digits_vit"])
-def test_every_arm_learns_the_digits(tmp_path, name):
-    program = [sys.executable, PROGRAM, str(ROOT / "benchmarks" / "studies" / f"{name}.yaml"), "--seeds", "3"]
+def test_every_arm_learns_the_digits(tmp_path):
+    program = [sys.executable, PROGRAM, str(ROOT / "benchmarks" / "studies" / "digits_resnet.yaml"), "--seeds", "3"]
     where = ["--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     done = processes.run([*program, *where, "--processes", "2"], check=True)
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
