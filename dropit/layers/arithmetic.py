@@ -104,7 +104,7 @@ ADDMM = MATMUL._replace(name="addmm", function=lambda a, b, c: torch.addmm(c, a,
 
 def _multiply(
     call: Call, product: Product, a: Tensor, b: Tensor, c: Tensor | None = None, exact_b: bool = False
-) -> Tensor:
+) -> Any:
     if torch.compiler.is_compiling() and a is b:  # which takes no tensor twice
         b = b.view_as(b)
     by_factor = zip(*product.needed, strict=True)
@@ -112,6 +112,8 @@ def _multiply(
     elementwise = product.grad_a in (MUL.grad_a, DIV.grad_a)
     size = torch.broadcast_shapes(a.shape, b.shape).numel() if elementwise else 0
     exact = _is_exact(a, size), exact_b or _is_exact(b, size)
+    if all(as_it_is or not wanted for as_it_is, wanted in zip(exact, needed, strict=True)):
+        return NotImplemented  # there is nothing to gain
     left, right = (
         (Saved.of(keep_dense(x)) if as_it_is else call.saver.save_whole(x, call.role(name))) if wanted else None
         for x, wanted, as_it_is, name in zip((a, b), needed, exact, ("a", "b"), strict=True)
