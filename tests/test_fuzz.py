@@ -13,7 +13,7 @@ from tests.fuzz.training import random_case, train
 
 PROCESSES = min(2, os.cpu_count() or 1)
 SEEDS = range(2000)
-MORE = range(2000, 2000 + int(os.environ.get("FUZZ_SEEDS", "50000")))
+MORE = range(3000, 3000 + int(os.environ.get("FUZZ_SEEDS", "50000")))
 CHUNK = 100
 
 pytestmark = pytest.mark.filterwarnings("ignore")
