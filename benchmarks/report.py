@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
     """Where and with what a benchmark runs."""
     found = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *map(_without_place, sys.argv)]),
         "commit": _output("git", "rev-parse", "--short", "HEAD") or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -63,6 +63,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """In Markdown; the first column to the left, the others to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" if line[0] != "---" else f"|{'|'.join(line)}|" for line in lines)
+
+
+def _without_place(argument: str) -> str:
+    """Return an absolute path's last part: where the rest is says nothing to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _cpu() -> str:
