@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dropit.calibration import Calibration, Choice, Configure, Item, Option, Setting, in_training
 from dropit.convert import Filter, Targets, find_targets, make_policy, memo_of, remove_state, state_of, swap_in
+from dropit.layers import needs_bits
 from dropit.policy import SavePolicy
 from dropit.saver import Saver
 
@@ -139,7 +140,7 @@ def _configure(model: nn.Module, targets: Targets, policy: SavePolicy, setting: 
     memo = memo_of(model)
     for fqn, (module, swap) in targets.items():
         choice = setting.get(fqn, Choice())
-        wanted = swap.drops_input or swap.calls_functions or not swap.quantizes or choice.bits is not None
+        wanted = not needs_bits(swap) or choice.bits is not None
         swap_in(module, swap if wanted else None, Saver(policy.replaced(**choice._asdict()), memo, fqn))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dropit.coverage import PLAIN, WEIGHTED, coverage, obstacle, reportable_layers
-from dropit.layers import DropITLayer, has_fixed_type, plain_type, set_own_type, swap_for
+from dropit.layers import DropITLayer, has_fixed_type, needs_bits, plain_type, set_own_type, swap_for
 from dropit.policy import SavePolicy
 from dropit.rematerialize import Memo
 from dropit.saver import Saver
@@ -166,8 +166,7 @@ def remove_state(module: nn.Module) -> None:
 def _is_wanted(swap: type[DropITLayer], compress: str) -> bool:
     if swap.drops_input:
         return True
-    quantized_only = swap.quantizes and not swap.calls_functions
-    return compress in _BITS if quantized_only else compress != "none"
+    return compress in _BITS if needs_bits(swap) else compress != "none"
 
 
 def _value_dtype(given: torch.dtype | str | None) -> torch.dtype | None:

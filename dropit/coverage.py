@@ -19,6 +19,7 @@ from dropit.layers import (
     in_the_way,
     is_converted,
     is_lossless,
+    needs_bits,
     parent_in_table,
     plain_type,
     swap_for,
@@ -127,15 +128,11 @@ def _reason(module: nn.Module) -> str:
     plain = plain_type(module)
     swap = swap_for(plain)
     if swap is not None:
-        return obstacle(module, swap) or (_NOT_QUANTIZED if _needs_bits(swap) else PLAIN)
+        return obstacle(module, swap) or (_NOT_QUANTIZED if needs_bits(swap) else PLAIN)
     parent = parent_in_table(plain)
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"
     return "not converted: this type is not supported"
-
-
-def _needs_bits(swap: type[DropITLayer]) -> bool:
-    return swap.quantizes and not swap.drops_input and not swap.calls_functions
 
 
 def obstacle(module: nn.Module, swap: type[DropITLayer]) -> str:

@@ -51,6 +51,7 @@ MAY_IMPORT = {
     },
     "dropit.calibration": {"dropit.layers", "dropit.memory"},
     "dropit.budget": {
+        "dropit.layers",
         "dropit.calibration",
         "dropit.convert",
         "dropit.policy",

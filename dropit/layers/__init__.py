@@ -13,7 +13,7 @@ from dropit.layers import (
     relu,
     transformer,
 )
-from dropit.layers.layer import DropITLayer, is_converted, is_lossless
+from dropit.layers.layer import DropITLayer, is_converted, is_lossless, needs_bits
 from dropit.layers.linear import dropit_linear
 from dropit.layers.table import (
     PARTS_OF_FORWARD,
@@ -43,6 +43,7 @@ __all__ = [
     "in_the_way",
     "is_converted",
     "is_lossless",
+    "needs_bits",
     "norm",
     "parent_in_table",
     "plain_type",

@@ -70,8 +70,8 @@ def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
 
 
-def _softplus_backward(beta: float, threshold: float, grad: Tensor, x: Tensor) -> Tensor:
-    return _aten.softplus_backward(grad, x, beta, threshold)  # type: ignore[no-any-return]
+def _softplus_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return _aten.softplus_backward(grad, x, 1.0, 20.0)  # type: ignore[no-any-return]
 
 
 CURVES: dict[str, Curve] = {
@@ -86,7 +86,7 @@ CURVES: dict[str, Curve] = {
     ),
     "mish": Curve(lambda x, inplace: F.mish(x, inplace), _aten.mish_backward, _SILU_FLOOR),
     "hardswish": Curve(lambda x, inplace: F.hardswish(x, inplace), _aten.hardswish_backward, _HARDSWISH_FLOOR),
-    "softplus": Curve(lambda x, _: F.softplus(x), partial(_softplus_backward, 1.0, 20.0), SIGMOID_FLOOR),
+    "softplus": Curve(lambda x, _: F.softplus(x), _softplus_backward, SIGMOID_FLOOR),
     "sigmoid": Curve(lambda x, _: torch.sigmoid(x), _aten.sigmoid_backward, center=0.5),
     "tanh": Curve(lambda x, _: torch.tanh(x), _aten.tanh_backward, center=0.0),
 }

@@ -1,4 +1,4 @@
-"""Products, quotients, powers, exponentials, norms and softmax in a module's own code.
+"""Products, quotients, powers, norms and softmax in a module's own code.
 
 What their derivatives need is saved in few bits, each operand for its own derivative alone. What must be exact is saved
 as it is: denominators, parameters, and operands that are small beside the result, such as a norm's 1 / deviation.
@@ -121,17 +121,12 @@ def _multiply(
     recipes, tensors = (left and left.recipe, right and right.recipe), () if left is None else left.tensors
     others = () if right is None else right.tensors
     output: Tensor = DropITProductFunction.apply(
-        a, b, c, product, _anchor_of(a, b), recipes, len(tensors), *tensors, *others
+        a, b, c, product, anchor(a, b), recipes, len(tensors), *tensors, *others
     )
     # A product of matrices takes longer to compute than its codes to read.
     if left is None or right is None or c is not None or not elementwise:
         return output
     return call.saver.publish(output, left.combine(product.name, product.function, right))
-
-
-def _anchor_of(*tensors: Tensor) -> Tensor | None:
-    anchors = [each for each in map(anchor, tensors) if each is not None]
-    return torch.cat([each.to(anchors[0].dtype) for each in anchors]) if anchors else None
 
 
 def _is_exact(x: Tensor, size: int = 0) -> bool:

@@ -31,11 +31,11 @@ def none_for_none(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def anchor(x: Tensor) -> Tensor | None:
-    """No element of ``x``, but what depends on it under torch.func, for :func:`first_order_only`; None elsewhere."""
+def anchor(*tensors: Tensor) -> Tensor | None:
+    """No element of the tensors, but what depends on them under torch.func, for :func:`first_order_only`; else None."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
         return None
-    return x.reshape(-1)[:0].clone()
+    return torch.cat([x.reshape(-1)[:0].to(tensors[0].dtype) for x in tensors])
 
 
 def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:

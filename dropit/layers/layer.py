@@ -141,6 +141,11 @@ def is_lossless(layer: DropITLayer) -> bool:
     return not (layer.drops_input or layer.quantizes)
 
 
+def needs_bits(layer: DropITLayer | type[DropITLayer]) -> bool:
+    """Whether the layer saves what the plain one does where nothing is quantized."""
+    return layer.quantizes and not (layer.drops_input or layer.calls_functions)
+
+
 def is_converted(module: nn.Module) -> bool:
     """Whether the module is one of DropIT's layers, and works as one."""
     return isinstance(module, DropITLayer) and not module._dropit_off

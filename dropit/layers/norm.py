@@ -431,22 +431,25 @@ def _in_float(
     return x, weight, bias
 
 
+def _fits(input: Tensor, shape: Sequence[int], *affine: Tensor | None) -> bool:
+    """Whether ``input`` ends in the shape that is normalized over, which the others have."""
+    ends_in = tuple(input.shape[-len(shape) :]) == tuple(shape)
+    return ends_in and input.numel() > 0 and _is_shaped(shape, *affine)
+
+
 @stands_in_for("layer_norm")
 def _layer_norm(
     call: Call, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
 ) -> Any:
-    fits = wants_gradient(input, weight, bias) and tuple(input.shape[-len(normalized_shape) :]) == tuple(
-        normalized_shape
-    )
-    if not fits or input.numel() == 0 or not _is_shaped(normalized_shape, weight, bias):
+    if not wants_gradient(input, weight, bias) or not _fits(input, normalized_shape, weight, bias):
         return NotImplemented
     return dropit_layer_norm(input, normalized_shape, weight, bias, eps, saver=call.saver)
 
 
 @stands_in_for("rms_norm")
 def _rms_norm(call: Call, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    fits = wants_gradient(input, weight) and tuple(input.shape[-len(normalized_shape) :]) == tuple(normalized_shape)
-    if not fits or input.numel() == 0 or input.dtype not in _DEFAULT_EPS or not _is_shaped(normalized_shape, weight):
+    fits = wants_gradient(input, weight) and _fits(input, normalized_shape, weight)
+    if not fits or input.dtype not in _DEFAULT_EPS:
         return NotImplemented
     return dropit_rms_norm(input, normalized_shape, weight, eps, saver=call.saver)
 

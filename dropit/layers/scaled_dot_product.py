@@ -190,12 +190,7 @@ def _saved(q: Tensor, k: Tensor, v: Tensor, arguments: AttentionArguments, saver
     """The state of the random numbers, if any are drawn, an anchor, and the parts of the packed tensors."""
     random = _random_state(q.device) if arguments.dropout > 0 else None
     packed = (saver.quantize(x, role) for x, role in ((q, "query"), (k, "key"), (v, "value")))
-    return random, _anchor_of(q, k, v), *(part for each in packed for part in each)
-
-
-def _anchor_of(*tensors: Tensor) -> Tensor | None:
-    anchors = [each for each in map(anchor, tensors) if each is not None]
-    return torch.cat(anchors) if anchors else None
+    return random, anchor(q, k, v), *(part for each in packed for part in each)
 
 
 def _attend_by_kernel(
