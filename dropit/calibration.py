@@ -130,9 +130,10 @@ class Calibration:
     def _groups(self, meters: dict[Choice, CacheMeter]) -> list[tuple[str, ...]]:
         """Return the names of layers that get the same setting, as they save one tensor together in some; in order."""
         order = {fqn: index for index, fqn in enumerate(meters[Choice()].ran())}
-        saving = {fqn for meter in meters.values() for fqn, nbytes in meter.by_module().items() if nbytes}
-        names = [fqn for fqn in {*self._packing, *self._quantizing} if fqn in order and fqn in saving]
         together = [shared for meter in meters.values() for shared in meter.sharing()]
+        saving = {fqn for meter in meters.values() for fqn, nbytes in meter.by_module().items() if nbytes}
+        saving.update(*together)
+        names = [fqn for fqn in {*self._packing, *self._quantizing} if fqn in order and fqn in saving]
         groups = _merged([*((fqn,) for fqn in names), *([fqn for fqn in each if fqn in names] for each in together)])
         return sorted(groups, key=lambda group: min(order[fqn] for fqn in group))
 

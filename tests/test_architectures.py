@@ -14,6 +14,15 @@ import dropit
 from benchmarks.zoo import ARCHITECTURES
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Several add what an index picks twice in no fixed order, in plain models as in ours."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def step(model, loss_of):
     """Loss, bytes held and gradients of a step with the same random numbers and buffers each time."""
     before = copy.deepcopy(model.state_dict())
