@@ -182,13 +182,18 @@ def images(data: Path | None, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def text(batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of bytes of Python's source code, and what follows each."""
-    directory = Path(sysconfig.get_paths()["stdlib"])
-    source = torch.tensor(list(b"".join((directory / f"{name}.py").read_bytes() for name in LIBRARY)))
+    source = library_source()
     generator = torch.Generator().manual_seed(0)
     while True:
         starts = torch.randint(len(source) - TOKENS - 1, (batch, 1), generator=generator)
         window = source[starts + torch.arange(TOKENS + 1)]
         yield window[:, :-1], window[:, 1:]
+
+
+def library_source() -> Tensor:
+    """The bytes of some modules of Python's standard library."""
+    directory = Path(sysconfig.get_paths()["stdlib"])
+    return torch.tensor(list(b"".join((directory / f"{name}.py").read_bytes() for name in LIBRARY)))
 
 
 def gpt2() -> nn.Module:
