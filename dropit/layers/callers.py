@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dropit.layers.functions import FunctionCalls, calls_functions, taking_calls
+from dropit.layers.functions import FunctionCalls, calls_functions, run_with
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import SWAPS, register_where
 from dropit.saver import Saver
@@ -26,19 +26,19 @@ class DropITCaller(DropITLayer, nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the plain module's."""
-        compiling = torch.compiler.is_compiling()  # which has no place for hooks, and keeps the modes apart by itself
-        if not self.dropit_is_active():
-            with nullcontext() if compiling else taking_calls(None):
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-        others = [module for module in self.modules() if _is_left_out(module, self._dropit_saver)]
-        if others and compiling:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        forward = super().forward
+        active, compiling = self.dropit_is_active(), torch.compiler.is_compiling()
+        others = [module for module in self.modules() if _is_left_out(module, self._dropit_saver)] if active else []
+        if compiling:  # which has no place for hooks, and keeps the modes apart by itself
+            if not active or others:
+                return forward(*args, **kwargs)
+            with FunctionCalls(self._dropit_saver):
+                return forward(*args, **kwargs)
+        if not active:
+            return run_with(None, forward, *args, **kwargs)
         mode = FunctionCalls(self._dropit_saver)
-        if compiling:
-            with mode:
-                return super().forward(*args, **kwargs)  # type: ignore[misc]
-        with taking_calls(mode), self._dropit_memo.takes_calls(), _suspended_in(others, mode):
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        with self._dropit_memo.takes_calls(), _suspended_in(others, mode) if others else nullcontext():
+            return run_with(mode, forward, *args, **kwargs)
 
 
 def _is_left_out(module: nn.Module, saver: Saver) -> bool:

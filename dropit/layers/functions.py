@@ -11,14 +11,14 @@ import dis
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch._C import _get_function_stack_at, _len_torch_function_stack
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from dropit.saver import Saver
 from dropit.snapshot import Scope
@@ -155,18 +155,23 @@ class FunctionCalls(TorchFunctionMode):
         self._scope = None if torch.compiler.is_compiling() else Scope.current()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stand_in = _stand_in_of(func)
+        if stand_in is None or self.suspended or not self._takes_calls():
+            return func(*args, **kwargs) if kwargs else func(*args)
         named = kwargs or {}
-        stand_in = _stand_in_of(_attention if func is F.scaled_dot_product_attention else func)
-        if stand_in is None or self.suspended or not torch.is_grad_enabled():
-            return func(*args, **named)
-        if self._scope is not None and (not self._scope.is_current() or _is_transformed()):
-            return func(*args, **named)
         self._calls += 1
         output = stand_in(Call(self._saver, self._calls), *args, **named)
         return func(*args, **named) if output is NotImplemented else output
 
+    def _takes_calls(self) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return self._scope is None or (self._scope.is_current() and not _is_transformed())
+
 
 def _stand_in_of(func: Any) -> StandIn | None:
+    if func is F.scaled_dot_product_attention:
+        func = _attention
     if not torch.compiler.is_compiling():
         return FUNCTIONS.get(func)
     for function, stand_in in FUNCTIONS.items():  # a compiler does not find all functions in a dict
@@ -179,16 +184,17 @@ def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-@contextmanager
-def taking_calls(mode: FunctionCalls | None) -> Iterator[None]:
-    """While this is entered, ``mode`` takes the calls, or none does; one that did so before is off for that time."""
-    outer = _pop_mode() if isinstance(_get_current_function_mode(), FunctionCalls) else None
+def run_with(mode: FunctionCalls | None, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Return ``forward(*args, **kwargs)``, whose calls ``mode`` takes, or none does; one that did so before is off."""
+    # Without a context manager, which takes longer than most of what runs between two modes.
+    outer = _taker()
+    if outer is not None:
+        _pop_mode()
     try:
         if mode is None:
-            yield
-        else:
-            with mode:
-                yield
+            return forward(*args, **kwargs)
+        with mode:
+            return forward(*args, **kwargs)
     finally:
         if outer is not None:
             _push_mode(outer)
@@ -199,12 +205,18 @@ def without_calls_taken(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def untouched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not isinstance(_get_current_function_mode(), FunctionCalls):
+        if torch.compiler.is_compiling() or _len_torch_function_stack() == 0:
             return forward(self, *args, **kwargs)
-        with taking_calls(None):
-            return forward(self, *args, **kwargs)
+        return run_with(None, forward, self, *args, **kwargs)
 
     return untouched
+
+
+def _taker() -> FunctionCalls | None:
+    """Return the mode that takes calls now."""
+    depth = _len_torch_function_stack()
+    mode = _get_function_stack_at(depth - 1) if depth else None
+    return mode if isinstance(mode, FunctionCalls) else None
 
 
 def are_dense(*values: Any) -> bool:
