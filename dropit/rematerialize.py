@@ -16,8 +16,9 @@ The rules:
   lives on, as a buffer refilled for each batch, is packed again in the next pass.
 - Another scope: activation checkpointing runs a region twice, and what was saved outside of it is out of reach there.
   A reader then saves the tensor again, in as many bits as the publishing layer, and still drops nothing.
-- torch.compile and torch.func: nothing is published or shared while one of them traces, as they cannot tell whether a
-  tensor is changed in place later. A compiler merges equal computations by itself.
+- torch.compile: what is published within a graph may be read within it (:mod:`dropit.traced`). Inputs need not be
+  shared, as a compiler merges equal computations by itself.
+- torch.func: nothing is published or shared while it traces.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dropit import traced
 from dropit.packed import Layout, Packed, is_dense_in_memory, layout_of, unflatten
 from dropit.saved import Saved, cast
 from dropit.snapshot import Snapshot
-from dropit.tracing import is_traced
+from dropit.tracing import is_compiled, is_traced
 
 
 class Published(NamedTuple):
@@ -78,12 +80,20 @@ class Memo:
         Where ``published.saved`` is None they learn only that they must not drop from it: nothing is saved within the
         first run of a checkpointed region.
         """
-        if published is not None and not is_traced() and not x.is_inference():
+        if published is None:
+            return x
+        if is_compiled():
+            tensors = () if published.saved is None else published.saved.tensors
+            return traced.attach(x, (self, published), *tensors)
+        if not is_traced() and not x.is_inference():
             self._publications[x] = _Publication(published, Snapshot.of(x), _versions(published.saved))
         return x
 
     def published(self, x: Tensor) -> Published | None:
         """Return what was published for ``x`` or for the tensor that it is a view of, if that has not changed since."""
+        if is_compiled():
+            memo, noted = traced.attached(x) or (None, None)
+            return noted if memo is self else None  # type: ignore[no-any-return]
         if is_traced() or x.is_inference():
             return None
         base = x if x._base is None else x._base
@@ -91,7 +101,7 @@ class Memo:
             found: _Publication | None = self._publications.get(source)
             if found is None or not found.snapshot.matches(source):
                 continue
-            published = found.published
+            published: Published = found.published
             if found.versions != _versions(published.saved) or not found.snapshot.scope.is_current():
                 published = published.out_of_reach()
             if source is x:  # which may be in another dtype than what weights in float32 make of a restored tensor
@@ -99,6 +109,11 @@ class Memo:
             if x.numel() == source.numel() and is_dense_in_memory(x) and is_dense_in_memory(source):
                 return published.map("view", partial(_viewed, layout_of(source), layout_of(x)))
         return None
+
+    def viewed(self, x: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return ``view(x)``, published as ``x`` is where a compiler does not tell what it is a view of."""
+        published = self.published(x) if is_compiled() else None
+        return self.publish(view(x), published and published.map("view", view))
 
     def packed(self, source: Tensor, key: tuple[Any, ...], reader: tuple[str, str]) -> Packed | None:
         """Return what was packed of ``source`` for another reader, if it has not changed since."""

@@ -149,7 +149,7 @@ class Saver:
     def _published(self, source: Tensor, role: str) -> Published | None:
         """Return what was published for ``source``; within a backward pass at least whether something was."""
         if is_traced():
-            return None
+            return self.memo.published(source)
         published = self.memo.published(source)
         calls = self._calls.setdefault(role, _Calls())
         if graph_task() == -1:

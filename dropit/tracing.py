@@ -16,6 +16,11 @@ def is_mapped(x: Tensor) -> bool:
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)  # of autograd's is_grads_batched
 
 
+def is_compiled() -> bool:
+    """Return whether torch.compile is tracing this code, for a graph."""
+    return torch.compiler.is_dynamo_compiling()
+
+
 def is_traced() -> bool:
     """Whether torch.compile or torch.func is tracing: tensors have no storage then, nor is a backward pass known."""
     return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -188,10 +188,8 @@ def assert_same_gradients(compiled, eager, x, tolerance):
 
 
 @pytest.fixture
-def _alone(monkeypatch):
-    """Compiled layers store each for itself, and so do the eager ones here; inductor draws eager code's numbers."""
-    monkeypatch.setattr("dropit.rematerialize.is_traced", lambda: True)
-    monkeypatch.setattr("dropit.saver.is_traced", lambda: True)
+def _random_as_eager():
+    """Inductor draws eager code's random numbers."""
     with inductor.patch(fallback_random=True):
         yield
 
@@ -231,13 +229,13 @@ def every(names, settings=tuple(ALL)):
     return [(name, setting) for name in names for setting in settings]
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_random_as_eager")
 @pytest.mark.parametrize(("name", "setting"), [case if case in DEFAULT else slow(*case) for case in every(FAMILIES)])
 def test_each_family_of_layers(name, setting):
     check(*FAMILIES[name], ALL[setting], "aot_eager", 1e-4)
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_random_as_eager")
 @pytest.mark.parametrize(
     ("name", "setting"),
     [case if case in INDUCTOR else slow(*case) for case in every(FAMILIES, ("int8",)) + every(DROPPED, ("lossless",))],
@@ -252,7 +250,7 @@ NARROW = ("int8", "int16", "int4", "int2")
 HALF = {("convolution, batch norm, pool", "int8"), ("layer norm, GELU", "int4")}
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_random_as_eager")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, slow(torch.float32)])
 @pytest.mark.parametrize(
     ("name", "setting"), [case if case in HALF else slow(*case) for case in every(COMPACT, NARROW)]
@@ -274,7 +272,7 @@ WHOLE += [
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_random_as_eager")
 @pytest.mark.parametrize(("name", "setting", "backend"), WHOLE)
 def test_whole_models_at_any_batch_size_hold_no_more_than_eager_ones(name, setting, backend):
     make, batch = MODELS[name]
@@ -320,7 +318,7 @@ OTHER_SETTINGS = {
 }
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_random_as_eager")
 @pytest.mark.parametrize("name", [name if name in {"bounds", "eps"} else slow(name) for name in OTHER_SETTINGS])
 def test_models_with_other_settings(name):
     make, batch = OTHER_SETTINGS[name]
@@ -354,7 +352,7 @@ def test_stochastic_rounding():
     assert graphs() == 2
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_random_as_eager")
 def test_whether_a_tensor_ends_in_a_whole_block_takes_no_graph_of_its_own():
     # 64 rows of 300 elements make whole blocks of 256, 60 and 61 do not.
     sizes = (60, 61, 64)

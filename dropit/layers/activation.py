@@ -155,8 +155,6 @@ def _is_part(input: Tensor) -> bool:
 
 def dropit_activation(input: Tensor, name: str, saver: Saver, *, inplace: bool = False) -> Tensor:
     """Compute the activation called ``name`` in CURVES, and save its input or output in ``saver.bits`` bits."""
-    if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
-        return input.copy_(dropit_activation(input.clone(), name, saver))
     curve, published = CURVES[name], saver.memo.published(input)
     rematerialized = published is not None and published.saved is not None
     if curve.center is not None:
@@ -166,8 +164,10 @@ def dropit_activation(input: Tensor, name: str, saver: Saver, *, inplace: bool =
         saved = saver.save_whole(input.clone() if overwritten else input)
     else:
         saved = _save_input(input, curve, saver)
-    output = DropITActivationFunction.apply(input, None, name, inplace, anchor(input), saved.recipe, *saved.tensors)
-    return saver.publish(output, saved.map(name, partial(_again, name)))
+    copied = inplace and torch.compiler.is_compiling()  # which loses the gradient of what a Function changes in place
+    x, in_place = (input.clone(), False) if copied else (input, inplace)
+    output = DropITActivationFunction.apply(x, None, name, in_place, anchor(input), saved.recipe, *saved.tensors)
+    return saver.publish(input.copy_(output) if copied else output, saved.map(name, partial(_again, name)))
 
 
 def _bounded_activation(input: Tensor, name: str, saver: Saver, rematerialized: bool) -> Tensor:

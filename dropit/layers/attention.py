@@ -123,9 +123,9 @@ class DropITMultiheadAttention(DropITLayer, nn.MultiheadAttention):
 
     def _laid(self, x: Tensor, batched: bool) -> Tensor:
         """(L, N, E)."""
-        if not batched:
-            return x.unsqueeze(1)
-        return x.transpose(0, 1) if self.batch_first else x
+        if batched and not self.batch_first:
+            return x
+        return self._dropit_memo.viewed(x, _length_first if batched else _as_batch)
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor, together: bool) -> tuple[Tensor, ...]:
         """``together``: whether what is read by several is projected at once, as PyTorch does if there is a batch."""
@@ -183,6 +183,14 @@ class DropITMultiheadAttention(DropITLayer, nn.MultiheadAttention):
         weights = F.dropout(F.softmax(scores, dim=-1), self.dropout) if self.dropout > 0 else F.softmax(scores, dim=-1)
         context = torch.bmm(weights, v).transpose(0, 1)  # (L, N heads, head_dim)
         return context, weights.view(samples, heads, length, -1), False
+
+
+def _length_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)
+
+
+def _as_batch(x: Tensor) -> Tensor:
+    return x.unsqueeze(1)
 
 
 def _split_projections(projected: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dropit.layers.function import LayerFunction, none_for_none, undefined_gradients_as_none
-from dropit.layers.functions import Call, stands_in_for, wants_gradient
+from dropit.layers.functions import Call, are_dense, stands_in_for
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import save_mask, saved_mask
 from dropit.layers.table import register
@@ -53,7 +53,9 @@ class DropITDropout(DropITLayer, nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: any shape."""
-        if not self.saves(input) or self.inplace or not 0 < self.p < 1:
+        if self.p == 0:
+            return input  # as F.dropout does; a compiler would take what that returns for another tensor
+        if not self.saves(input) or self.inplace or self.p == 1:
             return super().forward(input)
         output, _ = DropITDropoutFunction.apply(input, self.p)
         return output  # type: ignore[no-any-return]
@@ -61,6 +63,10 @@ class DropITDropout(DropITLayer, nn.Dropout):
 
 @stands_in_for("dropout", unquantized=True)
 def _dropout(call: Call, input: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-    if not training or inplace or not 0 < p < 1 or not wants_gradient(input):
+    if not are_dense(input) or not 0 <= p <= 1:
+        return NotImplemented
+    if p == 0 or not training:
+        return input
+    if inplace or p == 1 or not input.requires_grad:
         return NotImplemented
     return DropITDropoutFunction.apply(input, p)[0]

@@ -82,10 +82,15 @@ def autocast_as(operator: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return x
     with torch.no_grad():
         one = operator(x.new_ones([1] * x.dim()))
-    return x.to(one.dtype)
+    return in_dtype(x, one.dtype)
 
 
 def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point() or tensor.dtype is torch.float64:
         return tensor
-    return tensor.to(dtype)
+    return in_dtype(tensor, dtype)
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x`` itself if it has the dtype: a compiler takes what ``to`` returns for another tensor."""
+    return x if x.dtype is dtype else x.to(dtype)

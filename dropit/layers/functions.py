@@ -39,6 +39,7 @@ class Call(NamedTuple):
 StandIn = Callable[..., Any]
 
 FUNCTIONS: dict[Any, StandIn] = {}
+_VIEWS: dict[Any, StandIn] = {}
 NAMES: set[str] = {"ALL_ATTENTION_FUNCTIONS"}  # by which code calls them; the first is a table of Hugging Face's
 _attention = F.scaled_dot_product_attention  # in whose place estimate_cache has a function of its own
 _HOMES = (torch, torch.Tensor, F, torch.special, torch.linalg)
@@ -174,10 +175,41 @@ def _stand_in_of(func: Any) -> StandIn | None:
         func = _attention
     if not torch.compiler.is_compiling():
         return FUNCTIONS.get(func)
-    for function, stand_in in FUNCTIONS.items():  # a compiler does not find all functions in a dict
+    for function, stand_in in (*FUNCTIONS.items(), *_VIEWS.items()):  # a compiler does not find all functions in a dict
         if function is func:
             return stand_in
     return None
+
+
+def _enter_view(function: Callable[..., Tensor]) -> None:
+    """Have a compiled graph know of what it returns that it has the elements of its first argument."""
+
+    def viewed(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not are_dense(x) or not x.requires_grad:
+            return NotImplemented
+        return call.saver.memo.viewed(x, lambda x: function(x, *args, **kwargs))
+
+    _VIEWS[function] = viewed
+
+
+def _enter_cast(function: Callable[..., Tensor]) -> None:
+    """Have a compiled graph take a tensor for the same one if it has the dtype already, as PyTorch does."""
+
+    def cast(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not are_dense(x) or not x.requires_grad or True in (*args, *kwargs.values()):  # copy=True
+            return NotImplemented
+        output = function(x, *args, **kwargs)
+        unchanged = output.dtype is x.dtype and output.device == x.device and output.stride() == x.stride()
+        return x if unchanged else output
+
+    _VIEWS[function] = cast
+
+
+for _function in (Tensor.to, Tensor.float, Tensor.type_as):
+    _enter_cast(_function)
+for _name in ("view", "reshape", "flatten", "unflatten", "transpose", "permute", "squeeze", "unsqueeze", "contiguous"):
+    for _function in {getattr(home, _name) for home in (torch, Tensor) if hasattr(home, _name)}:
+        _enter_view(_function)
 
 
 def _is_transformed() -> bool:

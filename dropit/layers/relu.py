@@ -90,11 +90,14 @@ def dropit_relu(
     input: Tensor, memo: Memo, inplace: bool = False, *, lower: float = 0.0, upper: float = math.inf, slope: float = 0.0
 ) -> Tensor:
     """Compute ``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu``, and save a bit per element."""
-    if inplace and torch.compiler.is_compiling():  # which loses the gradient of what a Function changes in place
-        return input.copy_(dropit_relu(input.clone(), memo, lower=lower, upper=upper, slope=slope))
     published = memo.published(input)
-    output = DropITReLUFunction.apply(input, lower, upper, slope, inplace, link_to(input))
-    return memo.publish(output, published and published.map("relu", partial(_again, lower, upper, slope)))
+    copied = inplace and torch.compiler.is_compiling()  # which loses the gradient of what a Function changes in place
+    x, in_place = (input.clone(), False) if copied else (input, inplace)
+    output = DropITReLUFunction.apply(x, lower, upper, slope, in_place, link_to(x))
+    return memo.publish(
+        input.copy_(output) if copied else output,
+        published and published.map("relu", partial(_again, lower, upper, slope)),
+    )
 
 
 def _again(lower: float, upper: float, slope: float, x: Tensor) -> Tensor:

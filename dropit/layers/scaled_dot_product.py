@@ -25,7 +25,7 @@ from dropit.layers.functions import Call, stands_in_for
 from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
 from dropit.saver import Saver
-from dropit.tracing import is_mapped, is_traced
+from dropit.tracing import is_mapped, is_traced, saved_as_is
 
 
 class AttentionArguments(NamedTuple):
@@ -57,7 +57,12 @@ class DropITScaledDotProductFunction(LayerFunction):
         anchor: Tensor | None,
         *parts: Any,
     ) -> Tensor:
-        """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` the generator's state."""
+        """The plain forward; ``parts`` are those of the packed q, k and v, ``random`` tells which weights dropout hid.
+
+        It is the generator's state or, where a graph is compiled, the bits of the mask.
+        """
+        if random is not None and torch.compiler.is_compiling():
+            return as_non_view(_context_by_formula(q, k, v, mask, arguments, random))
         if mask is None or not mask.requires_grad or torch.compiler.is_compiling():
             return as_non_view(arguments.attend(q, k, v, mask))
         # Which kernel computes depends on whether the mask's gradient is wanted; what it saves is not.
@@ -97,7 +102,10 @@ class DropITAttentionFunction(LayerFunction):
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` and ``random`` as above."""
-        context = _side_by_side(arguments.attend(q, k, v, mask))
+        if random is not None and torch.compiler.is_compiling():
+            context = _side_by_side(_context_by_formula(q, k, v, mask, arguments, random))
+        else:
+            context = _side_by_side(arguments.attend(q, k, v, mask))
         rows = F.linear(as_rows(context), weight, bias)  # by rows, as PyTorch has it
         return as_non_view(rows.view(*context.shape[:-1], rows.shape[-1]))
 
@@ -158,8 +166,10 @@ def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments
         return False
     if arguments.dropout > 0 and k.shape[:-2] != v.shape[:-2]:
         return False  # which PyTorch takes where groups of queries share keys
-    if arguments.dropout > 0 and (torch.compiler.is_compiling() or (q.is_cuda and is_traced())):
-        return False  # a graph draws no random numbers twice
+    if arguments.dropout > 0 and q.is_cuda and is_traced():
+        return (
+            False  # a graph draws no random numbers twice, and the weights would be computed without PyTorch's kernel
+        )
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
 
@@ -188,7 +198,9 @@ def dropit_attention(
 
 def _saved(q: Tensor, k: Tensor, v: Tensor, arguments: AttentionArguments, saver: Saver) -> tuple[Any, ...]:
     """The state of the random numbers, if any are drawn, an anchor, and the parts of the packed tensors."""
-    random = _random_state(q.device) if arguments.dropout > 0 else None
+    random = None
+    if arguments.dropout > 0:
+        random = _drawn_mask(q, k, arguments) if torch.compiler.is_compiling() else _random_state(q.device)
     packed = (saver.quantize(x, role) for x, role in ((q, "query"), (k, "key"), (v, "value")))
     return random, anchor(q, k, v), *(part for each in packed for part in each)
 
@@ -228,17 +240,9 @@ def _attend_by_formula(
 ) -> tuple[Any, ...]:
     """The same, with the weights (N, heads, L, S) in memory for a while."""
     groups = q.shape[-3] // k.shape[-3] if arguments.enable_gqa else 1
-    if groups > 1:
-        k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
-    scale = 1 / math.sqrt(q.shape[-1]) if arguments.scale is None else arguments.scale
-    scores = q @ k.transpose(-2, -1) * scale
-    if arguments.is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, -math.inf)
-    if mask is not None:
-        # Under autocast the forward pass has cast the mask.
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
-    weights = _softmax(scores)
+    k, v = _repeated(k, groups), _repeated(v, groups)
+    scale = _scale(q, arguments)
+    weights = _softmax(_scores(q, k, mask, arguments))
     kept = None if random is None else _dropout_mask(weights, arguments.dropout, random)
     dropped = weights if kept is None else weights * kept
     grad_weights = grad_context @ v.transpose(-2, -1)
@@ -251,6 +255,35 @@ def _attend_by_formula(
     return dropped @ v, grad_scores @ k, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups), grad_mask
 
 
+def _context_by_formula(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments, random: Tensor
+) -> Tensor:
+    """Compute attention with the dropout that ``random`` says."""
+    groups = q.shape[-3] // k.shape[-3] if arguments.enable_gqa else 1
+    weights = _softmax(_scores(q, _repeated(k, groups), mask, arguments))
+    return weights * _dropout_mask(weights, arguments.dropout, random) @ _repeated(v, groups)
+
+
+def _repeated(x: Tensor, groups: int) -> Tensor:
+    return x.repeat_interleave(groups, dim=-3) if groups > 1 else x
+
+
+def _scale(q: Tensor, arguments: AttentionArguments) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if arguments.scale is None else arguments.scale
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, arguments: AttentionArguments) -> Tensor:
+    """(N, heads, L, S)."""
+    scores = q @ k.transpose(-2, -1) * _scale(q, arguments)
+    if arguments.is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    if mask is None:
+        return scores
+    # Under autocast the forward pass has cast the mask.
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype is torch.bool else scores + mask.to(scores.dtype)
+
+
 def _softmax(scores: Tensor) -> Tensor:
     """As PyTorch's attention has it: a row that a mask hides whole has weights of zero."""
     hidden = (scores == -math.inf).all(dim=-1, keepdim=True)
@@ -259,10 +292,19 @@ def _softmax(scores: Tensor) -> Tensor:
 
 def _dropout_mask(weights: Tensor, p: float, state: Tensor) -> Tensor:
     """What the forward pass multiplied the weights by: 0 or 1 / (1 - p)."""
+    if torch.compiler.is_compiling():
+        return ops.unpack_bits(state, weights.numel()).view(weights.shape).to(weights.dtype) / (1 - p)
     generator = torch.Generator()
     generator.set_state(state)
     noise = torch.empty(weights.shape, dtype=torch.promote_types(weights.dtype, torch.float32))
     return noise.bernoulli_(1 - p, generator=generator).div_(1 - p).to(weights.dtype)
+
+
+def _drawn_mask(q: Tensor, k: Tensor, arguments: AttentionArguments) -> Tensor:
+    """Return the bits of what dropout keeps, drawn as PyTorch does."""
+    with torch.no_grad():
+        whole = q.new_ones(()).expand(*q.shape[:-1], k.shape[-2]).contiguous()
+        return saved_as_is(ops.pack_bits(torch.native_dropout(whole, arguments.dropout, True)[1].view(-1)))
 
 
 def _sum_groups(grad: Tensor, groups: int) -> Tensor:
