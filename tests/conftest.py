@@ -37,6 +37,7 @@ THOROUGH = (
     "test_packaging.py",
     "test_processes.py",
     "test_quantized_error.py",
+    "test_traced.py",
     "training/builders/",
     "training/callbacks/",
     "training/checkpoint/",

@@ -1,0 +1,180 @@
+"""What layers share within a compiled graph: as much as in eager mode, and nothing of a tensor that was changed."""
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+
+import dropit
+
+INT8 = {"gamma": 0.0, "compress": "int8"}
+
+
+class Reading(nn.Module):
+    """A Linear reads the output of a normalization, to which something was done in between."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.norm, self.between, self.linear = nn.LayerNorm(32), between, nn.Linear(32, 32)
+
+    def forward(self, x):
+        y = self.norm(x * 1)
+        return self.linear(self.between(y)).sin() * y
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def gradients(model, forward, *inputs):
+    model.zero_grad()
+    torch.manual_seed(0)
+    forward(*inputs).square().sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def bytes_held(model, forward, x):
+    with dropit.CacheMeter(model) as meter:
+        y = forward(x)
+    assert y is not None
+    return meter.total_bytes
+
+
+def set_item(y):
+    y[:, 3] = 1
+    return y
+
+
+WRITES = {
+    "+=": lambda y: y.__iadd__(1),
+    "an item": set_item,
+    "a view": lambda y: y.view(-1).mul_(2).view_as(y),
+    "a slice": lambda y: y[0].zero_() * 0 + y,
+    "relu_": torch.relu_,
+    "F.relu": lambda y: F.relu(y, True),
+    "copy_": lambda y: y.copy_(y * 2),
+    "without autograd": lambda y: y.detach().mul_(3) * 0 + y,
+    "an operator": lambda y: torch.ops.aten.mul_(y, 3),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_a_tensor_that_was_changed_in_place_is_saved_again(write):
+    plain = Reading(write)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int16")
+    x = torch.randn(8, 32)
+    for got, exact in zip(gradients(ours, compiled(ours), x), gradients(plain, compiled(plain), x), strict=True):
+        assert (got - exact).norm() < 1e-3 * exact.norm()
+
+
+SHARING = {
+    "as it is": lambda: nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32)),
+    "by several": lambda: nn.Sequential(nn.LayerNorm(32), nn.MultiheadAttention(32, 4, batch_first=True)),
+    "no dropout": lambda: nn.Sequential(nn.LayerNorm(32), nn.Dropout(0.0), nn.Linear(32, 32)),
+    "activation": lambda: nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)),
+    "activation in place": lambda: nn.Sequential(nn.LayerNorm(32), nn.SiLU(inplace=True), nn.Linear(32, 32)),
+    "ReLU in place": lambda: nn.Sequential(nn.LayerNorm(32), nn.ReLU(inplace=True), nn.Linear(32, 32)),
+}
+
+
+class Together(nn.Module):
+    """Gives attention one tensor as queries, keys and values."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        for layer in self.model:
+            x = layer(x, x, x, need_weights=False)[0] if isinstance(layer, nn.MultiheadAttention) else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
+def test_a_graph_holds_no_more_than_eager_mode(make, half):
+    model = dropit.to_dropit(Together(make()), **INT8)
+    x = torch.randn(4, 16, 32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        assert bytes_held(model, compiled(model), x) <= bytes_held(model, model, x)
+
+
+class GatedNorm(nn.Module):
+    """A hand-written RMSNorm and a gated MLP."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(64))
+        self.gate, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+
+    def forward(self, x):
+        x = x.to(torch.float32)
+        normalized = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        rows = normalized.view(-1, 64)
+        return self.down(F.silu(self.gate(rows)) * self.up(rows)).view_as(x)
+
+
+def test_functions_share_in_a_graph_as_well():
+    model = dropit.to_dropit(nn.Sequential(nn.Linear(64, 64), GatedNorm()), **INT8)
+    x = torch.randn(4, 32, 64)
+    eager = bytes_held(model, model, x)
+    assert bytes_held(model, compiled(model), x) <= 1.02 * eager
+    for got, exact in zip(gradients(model, compiled(model), x), gradients(model, model, x), strict=True):
+        assert (got - exact).norm() < 1e-3 * exact.norm()
+
+
+def test_what_leaves_a_graph_is_not_looked_at_by_another():
+    """Each layer a graph of its own: no step takes another one."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = dropit.to_dropit(nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU()), **INT8)
+    for layer in model:
+        layer.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(4):
+        model(torch.randn(8, 32)).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_another_models_layers_do_not_read_it():
+    """A lossless Linear behind the normalization of a model in 4 bits has the plain gradient."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = dropit.to_dropit(nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), gamma=0, compress="int4")
+            self.second = dropit.to_dropit(nn.Sequential(nn.Linear(32, 32)), gamma=0)
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    model, x = Two(), torch.randn(8, 32)
+    got = gradients(model, compiled(model), x)
+    dropit.from_dropit(model)
+    exact = gradients(model, model, x)
+    torch.testing.assert_close(got[-2:], exact[-2:])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_dropout_is_quantized_in_a_graph(causal):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.together, self.project = nn.Linear(64, 192), nn.Linear(64, 64)
+
+        def forward(self, x):
+            q, k, v = (part.unflatten(-1, (4, 16)).transpose(1, 2) for part in self.together(x).chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=0.3, is_causal=causal)
+            return self.project(y.transpose(1, 2).flatten(2))
+
+    plain = Attention()
+    ours, x = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int16"), torch.randn(2, 48, 64)
+    # The same seed draws the same numbers, so that the same weights are dropped.
+    for got, exact in zip(gradients(ours, compiled(ours), x), gradients(plain, compiled(plain), x), strict=True):
+        assert (got - exact).norm() < 1e-3 * exact.norm()
+    dropit.to_dropit(ours, **INT8)
+    assert bytes_held(ours, compiled(ours), x) < 0.4 * bytes_held(plain, compiled(plain), x)
