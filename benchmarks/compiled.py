@@ -1,4 +1,4 @@
-"""What compiled models hold for backward, beside eager ones: plain, and in int8 with nothing dropped.
+"""What compiled models save for backward, beside eager ones: plain, and in int8 with nothing dropped.
 
     python benchmarks/compiled.py [--models resnet18 ...] [--backends aot_eager inductor] [--quick] [--output DIRECTORY]
 
@@ -30,7 +30,7 @@ HEADER = ["model, backend", "plain, MiB", "int8", "compiled", "compiled int8", "
 
 
 def step(model: nn.Module, forward: Callable[..., Any], loss: Callable[[Any], Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """Return the bytes that the second of two steps holds, and the gradients of its weights."""
+    """Return the bytes that the second of two steps saves, and the gradients of its weights."""
     for _ in range(2):
         model.zero_grad()
         torch.manual_seed(1)

@@ -18,6 +18,7 @@ class SavedStorage:
     dtype: str
     modules: tuple[str, ...]
     operators: tuple[str, ...]
+    line: str = ""  # of code that saved it first
 
     @property
     def operator(self) -> str:
@@ -57,6 +58,14 @@ def rows_by(
         )
         for name in names
     ]
+
+
+def largest(rows: list[Row], count: int) -> list[Row]:
+    """The first ``count`` rows, and one for all others."""
+    if len(rows) <= count + 1:
+        return rows
+    others = rows[count:]
+    return [*rows[:count], Row(f"{len(others)} others", sum(row.nbytes for row in others), "")]
 
 
 def group(name: str, depth: int) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import json
+import os
 import re
 import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +25,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._pytree import tree_leaves
 
-from dropit.ledger import Row, SavedStorage, as_text, group, print_rich, rows_by
+from dropit import ledger
+from dropit.ledger import Row, SavedStorage, as_text, group, largest, print_rich, rows_by
 
 OUTSIDE = "(outside the model)"
 _ROWS = 6  # of a table by module, at least
+_LINES = 8  # of one by line of code, at most
+_OURS = "DropIT"  # begins the name of an operator of ours
+_LIBRARIES = tuple(f"{Path(str(module.__file__)).parent}{os.sep}" for module in (torch, ledger))
 
 
 class CacheMeter:
@@ -92,6 +99,10 @@ class CacheMeter:
         """Bytes by who saves them; "Convolution + Relu" are tensors that both save. Sums to ``total_bytes``."""
         return _sizes(rows_by(lambda saved: saved.operator, self._storages()))
 
+    def by_line(self) -> dict[str, int]:
+        """Bytes by operator and line of code, of what is saved as PyTorch saves it ("Mul at model.py:12")."""
+        return _sizes(self._kept_by_pytorch())
+
     def ran(self) -> list[str]:
         """Names of the modules that were called, in the order of their first calls."""
         return list(self._inputs)
@@ -108,19 +119,26 @@ class CacheMeter:
         return [names for names in together if len(names) > 1]
 
     def table(self, plain: CacheMeter | None = None, *, depth: int | None = None) -> str:
-        """By operator, and by module; with another meter, of the plain model, what that one saves.
+        """By operator, by module, and what is saved as PyTorch saves it by line of code.
 
+        ``plain``: another meter, of the plain model; the first two tables say what that one saves, too.
         ``depth``: parts of a module's name that are told apart; None takes as many as give a table of some length.
         """
         return "\n\n".join(as_text(title, rows) for title, rows in self._tables(plain, depth))
 
     def to_json(self) -> str:
-        """All that is known: each storage with its bytes, its dtype, and the modules and operators that save it."""
+        """All that is known: each storage with its bytes, and the modules, operators and line of code that save it."""
         storages = [
-            {"bytes": saved.nbytes, "dtype": saved.dtype, "modules": saved.modules, "operators": saved.operators}
+            {
+                "bytes": saved.nbytes,
+                "dtype": saved.dtype,
+                "modules": saved.modules,
+                "operators": saved.operators,
+                "line": saved.line,
+            }
             for saved in self._storages()
         ]
-        sums = {"by_operator": self.by_operator(), "by_module": self.by_module()}
+        sums = {"by_operator": self.by_operator(), "by_module": self.by_module(), "by_line": self.by_line()}
         return json.dumps({"total_bytes": self.total_bytes, **sums, "storages": storages})
 
     def __str__(self) -> str:
@@ -136,6 +154,7 @@ class CacheMeter:
 
     def _tables(self, plain: CacheMeter | None, depth: int | None) -> list[tuple[str, list[Row]]]:
         others = None if plain is None else plain._storages()
+        lines = self._kept_by_pytorch()
         if depth is None:
             names = {saved.modules[0] for saved in self._storages()}
             deepest = max((name.count(".") + 1 for name in names), default=1)
@@ -144,7 +163,12 @@ class CacheMeter:
         return [
             ("saved for backward, by operator", rows_by(lambda saved: saved.operator, self._storages(), others)),
             ("by module", rows_by(lambda saved: group(saved.modules[0], depth), self._storages(), others)),
+            *([("as PyTorch saves it, by line of code", largest(lines, _LINES))] if lines else []),
         ]
+
+    def _kept_by_pytorch(self) -> list[Row]:
+        kept = [saved for saved in self._storages() if not any(name.startswith(_OURS) for name in saved.operators)]
+        return rows_by(lambda saved: f"{saved.operator} at {saved.line}", kept)
 
     def _storages(self) -> list[SavedStorage]:
         if self._entries is None:
@@ -184,7 +208,7 @@ class CacheMeter:
         module = self._running[-1] if self._running else OUTSIDE
         # Autograd numbers a node when it makes it, just before the node saves its tensors.
         node = torch._C._autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
-        saved = _Saved(tensor, self._retain, module, node)
+        saved = _Saved(tensor, self._retain, module, node, _calling_line())
         self._saved.append(weakref.ref(saved))
         return saved
 
@@ -209,7 +233,12 @@ class CacheMeter:
         first = group[0]
         modules = tuple(saved.module for saved in group)
         return SavedStorage(
-            first.storage.cdata, first.bytes_now(), first.dtype, modules, tuple(map(self._operator_of, group))
+            first.storage.cdata,
+            first.bytes_now(),
+            first.dtype,
+            modules,
+            tuple(map(self._operator_of, group)),
+            first.line,
         )
 
     def _operator_of(self, saved: _Saved) -> str:
@@ -222,19 +251,28 @@ class CacheMeter:
 class _Saved:
     """What the graph has in place of a saved tensor; it dies with its node."""
 
-    __slots__ = ("__weakref__", "dtype", "module", "nbytes", "node", "storage", "tensor")
+    __slots__ = ("__weakref__", "dtype", "line", "module", "nbytes", "node", "storage", "tensor")
 
-    def __init__(self, tensor: Tensor, retain: bool, module: str, node: int) -> None:
+    def __init__(self, tensor: Tensor, retain: bool, module: str, node: int, line: str) -> None:
         self.tensor = tensor if retain else None
         self.storage = StorageWeakRef(tensor.untyped_storage())  # keeps the storage's identity, not its bytes
         self.nbytes = tensor.untyped_storage().nbytes()
         self.dtype = str(tensor.dtype).removeprefix("torch.")
         self.module = module
         self.node = node
+        self.line = line
 
     def bytes_now(self) -> int:
         """Of the storage as it is now: FSDP frees weights that it will gather again."""
         return self.nbytes if self.tensor is None else self.tensor.untyped_storage().nbytes()
+
+
+def _calling_line() -> str:
+    """Return the innermost line that runs and is neither PyTorch's nor ours, as "model.py:12"."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame = frame.f_back
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
 
 
 def _is_read(leaf: object) -> bool:

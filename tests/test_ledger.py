@@ -1,6 +1,6 @@
 import pytest
 
-from dropit.ledger import SavedStorage, as_text, group, print_rich, rows_by
+from dropit.ledger import Row, SavedStorage, as_text, group, largest, print_rich, rows_by
 
 SAVED = [
     SavedStorage(1, 3 * 2**20, "float32", ("a.b.c", "a.d"), ("Relu", "Convolution")),
@@ -22,6 +22,12 @@ def test_a_row_that_only_the_plain_model_has_comes_last():
         ("DropITConv", 2.5 * 2**20, 0),
         ("Convolution + Relu", 0, 3 * 2**20),
     ]
+
+
+def test_a_long_table_ends_in_the_sum_of_the_others():
+    rows = [Row(str(number), 10 - number, "int8") for number in range(5)]
+    assert largest(rows, 4) == rows
+    assert largest(rows, 3) == [*rows[:3], Row("2 others", 7 + 6, "")]
 
 
 def test_modules_are_grouped_by_the_first_parts_of_their_names():

@@ -1,4 +1,5 @@
 import copy
+import inspect
 import json
 
 import pytest
@@ -192,7 +193,28 @@ def test_the_tables_can_be_read_by_people_and_by_programs():
         "dtype": "float32",
         "modules": ["1", "2"],
         "operators": ["Relu", "Addmm"],
+        "line": known["storages"][1]["line"],
     }
+    del y
+
+
+def test_what_pytorch_saves_is_told_by_line_of_code():
+    class Decay(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.linear(x).exp()
+
+    model = dropit.to_dropit(Decay(), gamma=0, compress="int8")
+    with CacheMeter(model) as meter:
+        y = model(torch.randn(1000, 8))
+    line = inspect.getsourcelines(Decay.forward)[1] + 1
+    assert meter.by_line() == {f"Exp at test_memory.py:{line}": 32000}
+    table = str(meter).split("\n\n")[-1].splitlines()
+    assert table[0].startswith("as PyTorch saves it, by line of code")
+    assert table[1].split() == ["Exp", "at", f"test_memory.py:{line}", "0.03", "100.0%", "float32"]
     del y
 
 

@@ -112,7 +112,8 @@ def _multiply(
     elementwise = product.grad_a in (MUL.grad_a, DIV.grad_a)
     size = torch.broadcast_shapes(a.shape, b.shape).numel() if elementwise else 0
     exact = _is_exact(a, size), exact_b or _is_exact(b, size)
-    if all(as_it_is or not wanted for as_it_is, wanted in zip(exact, needed, strict=True)):
+    outer = max(a.numel(), b.numel()) < size  # which is worth to be restored from its operands
+    if not outer and all(as_it_is or not wanted for as_it_is, wanted in zip(exact, needed, strict=True)):
         return NotImplemented  # there is nothing to gain
     left, right = (
         (Saved.of(keep_dense(x)) if as_it_is else call.saver.save_whole(x, call.role(name))) if wanted else None

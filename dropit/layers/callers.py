@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from dropit.layers.functions import FunctionCalls, calls_functions, run_with
+from dropit.layers.functions import FunctionCalls, calls_functions, keep_from_frames, run_with
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import SWAPS, register_where
 from dropit.saver import Saver
@@ -32,6 +32,7 @@ class DropITCaller(DropITLayer, nn.Module):
         if compiling:  # which has no place for hooks, and keeps the modes apart by itself
             if not active or others:
                 return forward(*args, **kwargs)
+            keep_from_frames()
             with FunctionCalls(self._dropit_saver):
                 return forward(*args, **kwargs)
         if not active:

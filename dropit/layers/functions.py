@@ -212,6 +212,18 @@ for _name in ("view", "reshape", "flatten", "unflatten", "transpose", "permute",
         _enter_view(_function)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def keep_from_frames() -> bool:
+    """Have the compiler that traces this compile no call of the mode by itself, where it breaks a graph.
+
+    There it takes an attribute that PyTorch reads through the mode, as ``grad_fn``, for a number (2.14).
+    """
+    from torch._dynamo.eval_frame import skip_code
+
+    skip_code(FunctionCalls.__torch_function__.__code__)
+    return True
+
+
 def _is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
