@@ -283,8 +283,7 @@ def bytes_held(model, forward, x):
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", COMPILED)
-def test_it_compiles_whole_to_the_same_gradients_and_holds_no_more(name, backend, monkeypatch):
-    monkeypatch.setattr("dropit.rematerialize.is_traced", lambda: True)  # in a graph each layer stores its own
+def test_it_compiles_whole_to_the_same_gradients_and_holds_no_more(name, backend):
     make, shape = COMPILED[name]
     x = torch.randn(shape)
     model = make()

@@ -150,17 +150,25 @@ def _mul(call: Call, input: Any, other: Any = None, **more: Any) -> Any:
     if more:
         return NotImplemented
     if isinstance(other, (int, float)):
-        return _scale(call, input, other)
-    both = are_dense(input, other) and input.requires_grad and other.requires_grad
-    return _multiply(call, MUL, input, other) if both else NotImplemented
+        return _scale(call, input, partial(torch.mul, other=other))
+    if not are_dense(input, other):
+        return NotImplemented
+    if not other.requires_grad:
+        return _scale(call, input, torch.mul, other)
+    return _multiply(call, MUL, input, other) if input.requires_grad else _scale(call, other, _from_left, input)
 
 
-def _scale(call: Call, x: Any, factor: float) -> Any:
-    """A product with a number saves nothing; its output can be restored if ``x`` can."""
+def _from_left(x: Tensor, factor: Tensor) -> Tensor:
+    """The product, whose layout in memory is that of its first operand where there is a choice."""
+    return factor * x
+
+
+def _scale(call: Call, x: Any, function: Callable[..., Tensor], *factor: Tensor) -> Any:
+    """A product with what wants no gradient saves that alone; its output can be restored if ``x`` can."""
     published = call.saver.memo.published(x) if wants_gradient(x) else None
     if published is None:
         return NotImplemented
-    return call.saver.memo.publish(x * factor, published.map("scale", partial(torch.mul, other=factor)))
+    return call.saver.memo.publish(function(x, *factor), published.map("scale", function, *factor))
 
 
 @stands_in_for("addcmul")

@@ -213,3 +213,51 @@ def test_keys_and_values_in_other_groups_with_dropout():
         results.append(torch.autograd.grad(module(q, k, v).square().sum(), (q, k, v)))
     for ours, exact in zip(*results, strict=True):
         torch.testing.assert_close(ours, exact)
+
+
+class Adapted(nn.Module):
+    """A Linear that is frozen, with an adapter of low rank (Hu et al. 2021)."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(64, 64).requires_grad_(False)
+        self.down, self.up = nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + 2.0 * self.up(self.down(x))
+
+
+class FrozenNorm(nn.Module):
+    """A hand-written RMSNorm that is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64), requires_grad=False)
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class Adapters(nn.Module):
+    """Queries, keys and values of one normalized input."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.q, self.k, self.v = FrozenNorm(), Adapted(), Adapted(), Adapted()
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+def test_adapters_of_a_frozen_model_share_what_its_norm_saves():
+    torch.manual_seed(0)
+    plain, x = Adapters(), torch.randn(128, 64, requires_grad=True)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0, compress="int8")
+    n, rows = x.numel(), 128
+    codes = n + n // 16  # with their scales
+    low_rank = 3 * (4 * rows + 4 * rows // 16)
+    assert held(ours, x).total_bytes == codes + low_rank + 4 * rows  # and 1 / deviation of each row
+    lossless = dropit.to_dropit(copy.deepcopy(plain), gamma=0)
+    assert held(lossless, x).total_bytes == held(plain, x).total_bytes
+    assert (step(ours, x)[1] - step(plain, x)[1]).norm() < 1e-2 * step(plain, x)[1].norm()
