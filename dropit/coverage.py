@@ -129,6 +129,8 @@ def _reason(module: nn.Module) -> str:
     swap = swap_for(plain)
     if swap is not None:
         return obstacle(module, swap) or (_NOT_QUANTIZED if needs_bits(swap) else PLAIN)
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return "not converted: what its kernel saves is out of reach"
     parent = parent_in_table(plain)
     if parent is not None:
         return f"not converted: its forward is not {parent.__name__}'s"
