@@ -198,3 +198,25 @@ def test_backward_hooks_that_break_a_graph():
     got = gradients(ours, torch.compile(ours, backend="aot_eager"), x)
     for ours_grad, exact in zip(got, gradients(plain, plain, x), strict=True):
         assert (ours_grad - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("form", [tuple, list, dict])
+def test_what_is_published_may_leave_a_graph(form):
+    class Outputs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            y = self.norm(x * 1)
+            found = [y, y.view(-1, 32), self.linear(F.silu(y) * y)]
+            return form(zip("abc", found, strict=True)) if form is dict else form(found)
+
+    torch._dynamo.reset()
+    counters.clear()
+    model = dropit.to_dropit(Outputs(), **INT8)
+    run = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        outputs = run(torch.randn(4, 8, 32))
+        sum(y.sum() for y in (outputs.values() if form is dict else outputs)).backward()
+    assert counters["stats"]["unique_graphs"] == 1
