@@ -23,7 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
@@ -166,7 +173,7 @@ def dropit_activation(input: Tensor, name: str, saver: Saver, *, inplace: bool =
         saved = _save_input(input, curve, saver)
     copied = inplace and torch.compiler.is_compiling()  # which loses the gradient of what a Function changes in place
     x, in_place = (input.clone(), False) if copied else (input, inplace)
-    output = DropITActivationFunction.apply(x, None, name, in_place, anchor(input), saved.recipe, *saved.tensors)
+    output = apply(DropITActivationFunction, x, None, name, in_place, anchor(input), saved.recipe, *saved.tensors)
     return saver.publish(input.copy_(output) if copied else output, saved.map(name, partial(_again, name)))
 
 
@@ -187,7 +194,7 @@ def _bounded_activation(input: Tensor, name: str, saver: Saver, rematerialized: 
         # The derivative is the largest in the center, where the codes lie the same to both sides.
         saved = Saved.of(saver.quantize(output - curve.center if curve.center else output), "output")
         saved = saved.map("from center", partial(_from_center, curve.center))
-    output = DropITActivationFunction.apply(input, output, name, False, anchor(input), saved.recipe, *saved.tensors)
+    output = apply(DropITActivationFunction, input, output, name, False, anchor(input), saved.recipe, *saved.tensors)
     return saver.publish(output, saved)
 
 

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from dropit.layers.activation import SIGMOID_FLOOR
 from dropit.layers.formats import as_non_view, autocast
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
 from dropit.packed import keep_dense
 from dropit.saved import Recipe, Saved
@@ -105,8 +112,6 @@ ADDMM = MATMUL._replace(name="addmm", function=lambda a, b, c: torch.addmm(c, a,
 def _multiply(
     call: Call, product: Product, a: Tensor, b: Tensor, c: Tensor | None = None, exact_b: bool = False
 ) -> Any:
-    if torch.compiler.is_compiling() and a is b:  # which takes no tensor twice
-        b = b.view_as(b)
     by_factor = zip(*product.needed, strict=True)
     needed = [(of_a and a.requires_grad) or (of_b and b.requires_grad) for of_a, of_b in by_factor]
     elementwise = product.grad_a in (MUL.grad_a, DIV.grad_a)
@@ -121,8 +126,8 @@ def _multiply(
     )
     recipes, tensors = (left and left.recipe, right and right.recipe), () if left is None else left.tensors
     others = () if right is None else right.tensors
-    output: Tensor = DropITProductFunction.apply(
-        a, b, c, product, anchor(a, b), recipes, len(tensors), *tensors, *others
+    output: Tensor = apply(
+        DropITProductFunction, a, b, c, product, anchor(a, b), recipes, len(tensors), *tensors, *others
     )
     # A product of matrices takes longer to compute than its codes to read.
     if left is None or right is None or c is not None or not elementwise:
@@ -314,13 +319,13 @@ def apply_unary(call: Call, unary: Unary, x: Tensor) -> Any:
         if not saver.policy.narrows(output):
             return NotImplemented
         saved = Saved.of(saver.quantize(output, call.role("output")), "output")
-        output = DropITUnaryFunction.apply(x, output, unary, anchor(x), saved.recipe, *saved.tensors)
+        output = apply(DropITUnaryFunction, x, output, unary, anchor(x), saved.recipe, *saved.tensors)
         return saver.publish(output, saved)
     if unary.bound is not None and saver.bits is not None:
         saved = Saved.of(saver.quantize(unary.bound(saver.bits, x.detach()), call.role("input")))
     else:
         saved = saver.save_whole(x, call.role("input"))
-    output = DropITUnaryFunction.apply(x, None, unary, anchor(x), saved.recipe, *saved.tensors)
+    output = apply(DropITUnaryFunction, x, None, unary, anchor(x), saved.recipe, *saved.tensors)
     return output if unary.keeps_output else saver.publish(output, saved.map(unary.name, unary.function))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import autocast_as, each, placeholder, save_form
-from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.function import LayerFunction, apply, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
@@ -87,11 +87,11 @@ def dropit_avg_pool(
     sizes = [list(each(size, count)) for size in (kernel_size, stride, padding)]
     rest = (ceil_mode, count_include_pad, divisor_override)
     if count > 1:
-        return DropITAvgPoolFunction.apply(input, (*sizes, *rest), link_to(input))  # type: ignore[no-any-return]
+        return apply(DropITAvgPoolFunction, input, (*sizes, *rest), link_to(input))  # type: ignore[no-any-return]
     # One dimension is two, as PyTorch has it.
     flat = [[neutral, *size] for neutral, size in zip((1, 1, 0), sizes, strict=True)]
     input = input.unsqueeze(-2)
-    return DropITAvgPoolFunction.apply(input, (*flat, *rest), link_to(input)).squeeze(-2)  # type: ignore[no-any-return]
+    return apply(DropITAvgPoolFunction, input, (*flat, *rest), link_to(input)).squeeze(-2)  # type: ignore[no-any-return]
 
 
 class _DropITAvgPool(DropITLayer, nn.modules.pooling._AvgPoolNd):
@@ -115,9 +115,9 @@ class _DropITAdaptiveAvgPool(DropITLayer, nn.modules.pooling._AdaptiveAvgPoolNd)
             return super().forward(input)  # type: ignore[misc]
         input = autocast_as(partial(_ADAPTIVE_PLAIN[self.dimensions], output_size=1), input)
         if self.dimensions > 1:
-            return DropITAdaptiveAvgPoolFunction.apply(input, sizes, link_to(input))
+            return apply(DropITAdaptiveAvgPoolFunction, input, sizes, link_to(input))
         input = input.unsqueeze(-2)
-        return DropITAdaptiveAvgPoolFunction.apply(input, [1, *sizes], link_to(input)).squeeze(-2)
+        return apply(DropITAdaptiveAvgPoolFunction, input, [1, *sizes], link_to(input)).squeeze(-2)
 
     def _sizes(self, input: Tensor) -> list[int]:
         one = isinstance(self.output_size, int) or self.output_size is None

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.linear import as_rows
 from dropit.saved import Recipe
@@ -66,10 +72,17 @@ def _bilinear(call: Call, input1: Any, input2: Any, weight: Any, bias: Any = Non
     fits = input1.shape[:-1] == input2.shape[:-1] and weight.shape[1:] == (input1.shape[-1], input2.shape[-1])
     if not fits or input1.numel() == 0 or input2.numel() == 0:
         return NotImplemented
-    if torch.compiler.is_compiling() and input1 is input2:  # which takes no tensor twice
-        input2 = input2.view_as(input2)
     a, b = (call.saver.save_whole(x, call.role(name)) for x, name in ((input1, "a"), (input2, "b")))
     recipes = a.recipe, b.recipe
-    return DropITBilinearFunction.apply(
-        input1, input2, weight, bias, anchor(input1, input2), recipes, len(a.tensors), *a.tensors, *b.tensors
+    return apply(
+        DropITBilinearFunction,
+        input1,
+        input2,
+        weight,
+        bias,
+        anchor(input1, input2),
+        recipes,
+        len(a.tensors),
+        *a.tensors,
+        *b.tensors,
     )

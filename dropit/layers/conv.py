@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import autocast, each, placeholder, save_form
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
@@ -108,12 +115,13 @@ def dropit_conv(
         return _plain_conv(input, weight, bias, geometry)
     x, w, b = autocast(input, weight, bias)
     if not weight.requires_grad:
-        return DropITConvFunction.apply(x, w, b, geometry, None, None, None, 0)  # type: ignore[no-any-return]
+        return apply(DropITConvFunction, x, w, b, geometry, None, None, None, 0)  # type: ignore[no-any-return]
     saved = saver.save(x, input, channel_dim=1, role=role)
     if saved is None:
         return _plain_conv(input, weight, bias, geometry)
     of_weight = saver.restorable(weight, w.dtype)
-    return DropITConvFunction.apply(  # type: ignore[no-any-return]
+    return apply(  # type: ignore[no-any-return]
+        DropITConvFunction,  # type: ignore[no-any-return]
         x,
         w,
         b,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import LayerFunction, apply, none_for_none, undefined_gradients_as_none
 from dropit.layers.functions import Call, are_dense, stands_in_for
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import save_mask, saved_mask
@@ -57,7 +57,7 @@ class DropITDropout(DropITLayer, nn.Dropout):
             return input  # as F.dropout does; a compiler would take what that returns for another tensor
         if not self.saves(input) or self.inplace or self.p == 1:
             return super().forward(input)
-        output, _ = DropITDropoutFunction.apply(input, self.p)
+        output, _ = apply(DropITDropoutFunction, input, self.p)
         return output  # type: ignore[no-any-return]
 
 
@@ -69,4 +69,4 @@ def _dropout(call: Call, input: Any, p: float = 0.5, training: bool = True, inpl
         return input
     if inplace or p == 1 or not input.requires_grad:
         return NotImplemented
-    return DropITDropoutFunction.apply(input, p)[0]
+    return apply(DropITDropoutFunction, input, p)[0]

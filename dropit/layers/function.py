@@ -47,8 +47,8 @@ def _no_forward_mode(ctx: Any, *tangents: Any) -> Any:
 class LayerFunction(Function):
     """A layer's node in the graph. Takes all arguments by position.
 
-    A subclass has ``forward`` and ``setup_context`` apart, as torch.func wants it. Where nothing transforms the call, a
-    class of both in one is called instead: PyTorch binds the arguments of the other to a signature, for 30 to 100 us.
+    A subclass has ``forward`` and ``setup_context`` apart, as torch.func wants it. Where nothing transforms the call,
+    :func:`apply` calls a class of both in one: PyTorch takes 30 to 100 us to bind arguments to the other's signature.
     """
 
     _at_once: ClassVar[type[Function]]
@@ -69,12 +69,23 @@ class LayerFunction(Function):
         methods = {name: staticmethod(method) for name, method in methods.items()}
         cls._at_once = type(cls.__name__, (Function,), methods)
 
-    @classmethod
-    def apply(cls, *args: Any) -> Any:
-        """The output of ``forward``, in the graph."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return cls._at_once.apply(*args)
+
+def apply(function: type[LayerFunction], *args: Any) -> Any:
+    """The output of ``function.forward``, in the graph."""
+    if torch.compiler.is_compiling():
+        return function.apply(*_distinct(args))
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return function._at_once.apply(*args)
+
+
+def _distinct(args: tuple[Any, ...]) -> list[Any]:
+    """``args``, with a view in the place of a tensor that is there before: a compiler takes none twice."""
+    given: list[Any] = []
+    for arg in args:
+        twice = isinstance(arg, Tensor) and any(arg is other for other in given)
+        given.append(arg.view_as(arg) if twice else arg)
+    return given
 
 
 class _FirstOrderOnly(Function):

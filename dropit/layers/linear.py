@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import as_non_view, autocast
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import register
@@ -92,7 +99,7 @@ def dropit_linear(
     if saved is None:
         return F.linear(plain_input, weight, bias)  # which casts by itself under autocast
     x = as_rows(x) if flat else x
-    return DropITLinearFunction.apply(x, w, b, anchor(x), saved.recipe, *saved.tensors)  # type: ignore[no-any-return]
+    return apply(DropITLinearFunction, x, w, b, anchor(x), saved.recipe, *saved.tensors)  # type: ignore[no-any-return]
 
 
 @register

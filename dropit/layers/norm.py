@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit.layers.formats import in_format, suggest_memory_format
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, is_of_parameter, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import register, swap_class
@@ -364,7 +371,7 @@ def _in_graph(
 
     ``by_channel``: the weight's shape that broadcasts to the input, where it does not by itself.
     """
-    output = function.apply(*tensors, form, anchor(tensors[0]), saved.recipe, *saved.tensors)
+    output = apply(function, *tensors, form, anchor(tensors[0]), saved.recipe, *saved.tensors)
     # Copies: a sharded layer's own are there for its own backward pass only, and an optimizer may change them.
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:

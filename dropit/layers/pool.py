@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dropit import ops
 from dropit.layers.formats import autocast_as, each, placeholder, save_form
-from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.function import LayerFunction, apply, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
@@ -83,7 +83,7 @@ def dropit_max_pool(input: Tensor, windows: Windows, memo: Memo) -> Tensor:
         flat = Windows((1, *size), (1, *stride), (0, *padding), (1, *dilation), ceil_mode)
         return dropit_max_pool(input.unsqueeze(-2), flat, memo).squeeze(-2)
     published = memo.published(input)
-    output = DropITMaxPoolFunction.apply(input, windows, link_to(input))[0]
+    output = apply(DropITMaxPoolFunction, input, windows, link_to(input))[0]
     return memo.publish(output, published and published.map("max pool", partial(_again, windows)))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.function import LayerFunction, apply, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import apply_saved_mask, save_mask, save_range_mask, saved_mask
@@ -93,7 +93,7 @@ def dropit_relu(
     published = memo.published(input)
     copied = inplace and torch.compiler.is_compiling()  # which loses the gradient of what a Function changes in place
     x, in_place = (input.clone(), False) if copied else (input, inplace)
-    output = DropITReLUFunction.apply(x, lower, upper, slope, in_place, link_to(x))
+    output = apply(DropITReLUFunction, x, lower, upper, slope, in_place, link_to(x))
     return memo.publish(
         input.copy_(output) if copied else output,
         published and published.map("relu", partial(_again, lower, upper, slope)),

@@ -20,7 +20,14 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from dropit import ops
 from dropit.layers.formats import as_non_view, autocast
-from dropit.layers.function import LayerFunction, anchor, first_order_only, none_for_none, undefined_gradients_as_none
+from dropit.layers.function import (
+    LayerFunction,
+    anchor,
+    apply,
+    first_order_only,
+    none_for_none,
+    undefined_gradients_as_none,
+)
 from dropit.layers.functions import Call, stands_in_for
 from dropit.layers.linear import as_rows
 from dropit.packed import Layout, Packed
@@ -178,7 +185,7 @@ def dropit_scaled_dot_product(
 ) -> Tensor:
     """Compute ``F.scaled_dot_product_attention``; save q, k and v, (N, heads, L, head_dim), in ``saver.bits`` bits."""
     q, k, v = autocast(q, k, v)
-    return DropITScaledDotProductFunction.apply(q, k, v, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
+    return apply(DropITScaledDotProductFunction, q, k, v, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
 
 
 def dropit_attention(
@@ -193,7 +200,7 @@ def dropit_attention(
 ) -> Tensor:
     """The same, projected: (L, N, E)."""
     q, k, v, w, b = autocast(q, k, v, weight, bias)
-    return DropITAttentionFunction.apply(q, k, v, w, b, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
+    return apply(DropITAttentionFunction, q, k, v, w, b, mask, arguments, *_saved(q, k, v, arguments, saver))  # type: ignore[no-any-return]
 
 
 def _saved(q: Tensor, k: Tensor, v: Tensor, arguments: AttentionArguments, saver: Saver) -> tuple[Any, ...]:
@@ -328,8 +335,6 @@ def _called(call: Call, *args: Any, **kwargs: Any) -> Any:
     q, k, v, mask, arguments = _arguments(*args, **kwargs)
     if not can_quantize(q, k, v, mask, arguments):
         return NotImplemented
-    if torch.compiler.is_compiling():  # which takes no tensor twice
-        k, v = (x.view_as(x) for x in (k, v))
     return dropit_scaled_dot_product(q, k, v, mask, arguments, call.saver)
 
 
