@@ -121,7 +121,7 @@ def dropit_conv(
         return _plain_conv(input, weight, bias, geometry)
     of_weight = saver.restorable(weight, w.dtype)
     return apply(  # type: ignore[no-any-return]
-        DropITConvFunction,  # type: ignore[no-any-return]
+        DropITConvFunction,
         x,
         w,
         b,
