@@ -10,11 +10,11 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
-_versions: list[int] = []  # of the tensors that _Versions was given
+from dropit.tracing import at_trace_time
+
 _numbers = count()
 
 
@@ -42,23 +42,26 @@ def _version(x: Tensor) -> int:
     from torch._dynamo.comptime import comptime
 
     comptime(_read_version)
-    version: int = _last_version()
-    return version
+    return _last_version()
 
 
 def _read_version(context: Any) -> None:
-    _versions.append(context.get_local("x").as_fake()._version)
+    _trace().dropit_version = context.get_local("x").as_fake()._version
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@at_trace_time
 def _last_version() -> int:
-    return _versions.pop()
+    return _trace().dropit_version  # type: ignore[no-any-return]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@at_trace_time
 def _attribute() -> str:
     """Return the attribute's name: one for each trace, so that no graph reads what another one left."""
-    context: Any = TracingContext.try_get()
-    if not hasattr(context, "dropit_number"):
-        context.dropit_number = next(_numbers)
-    return f"_dropit_{context.dropit_number}"
+    trace = _trace()
+    if not hasattr(trace, "dropit_number"):
+        trace.dropit_number = next(_numbers)
+    return f"_dropit_{trace.dropit_number}"
+
+
+def _trace() -> Any:
+    return TracingContext.try_get()

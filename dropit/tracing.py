@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_mapped(x: Tensor) -> bool:
@@ -14,6 +19,15 @@ def is_mapped(x: Tensor) -> bool:
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)  # of autograd's is_grads_batched
+
+
+def at_trace_time(function: Function) -> Function:
+    """Have a compiler run ``function`` when it traces a call, and take what it returns for a constant. A decorator.
+
+    That is what torch.compiler.assume_constant_result does, which imports the compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def is_compiled() -> bool:

@@ -114,7 +114,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, x):
         x = x.to(torch.float32)
-        normalized = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        normalized = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).type_as(x)
         rows = normalized.view(-1, 64)
         return self.down(F.silu(self.gate(rows)) * self.up(rows)).view_as(x)
 

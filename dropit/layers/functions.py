@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 from dropit.saver import Saver
 from dropit.snapshot import Scope
+from dropit.tracing import at_trace_time
 
 
 class Call(NamedTuple):
@@ -196,7 +197,8 @@ def _enter_cast(function: Callable[..., Tensor]) -> None:
     """Have a compiled graph take a tensor for the same one if it has the dtype already, as PyTorch does."""
 
     def cast(call: Call, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not are_dense(x) or not x.requires_grad or True in (*args, *kwargs.values()):  # copy=True
+        copies = any(argument is True for argument in (*args, *kwargs.values()))
+        if copies or not are_dense(x) or not x.requires_grad:
             return NotImplemented
         output = function(x, *args, **kwargs)
         unchanged = output.dtype is x.dtype and output.device == x.device and output.stride() == x.stride()
@@ -212,7 +214,7 @@ for _name in ("view", "reshape", "flatten", "unflatten", "transpose", "permute",
         _enter_view(_function)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@at_trace_time
 def keep_from_frames() -> bool:
     """Have the compiler that traces this compile no call of the mode by itself, where it breaks a graph.
 
