@@ -220,3 +220,33 @@ def test_what_is_published_may_leave_a_graph(form):
         outputs = run(torch.randn(4, 8, 32))
         sum(y.sum() for y in (outputs.values() if form is dict else outputs)).backward()
     assert counters["stats"]["unique_graphs"] == 1
+
+
+class Blocks(nn.Module):
+    """Calls functions itself, around blocks that do so too, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([GatedNorm(), GatedNorm()])
+        self.plain = nn.Sequential(nn.Linear(64, 64), nn.Softsign())
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x) * x.sigmoid()
+        return self.plain(x) * x.tanh()
+
+
+def test_blocks_of_an_eager_model_may_be_compiled():
+    plain = Blocks()
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int16")
+    graphs = {}
+    for model in (plain, ours):
+        torch._dynamo.reset()
+        counters.clear()
+        for part in (*model.blocks, model.plain):
+            part.compile(backend="aot_eager", fullgraph=True)
+        grads = [gradients(model, model, torch.ones(2, size, 64).cumsum(1)) for size in (4, 4, 7, 9)]
+        graphs[model] = (counters["stats"]["unique_graphs"], grads)
+    assert graphs[ours][0] <= graphs[plain][0]
+    for got, exact in zip(graphs[ours][1][-1], graphs[plain][1][-1], strict=True):
+        assert (got - exact).norm() < 1e-3 * exact.norm()

@@ -177,8 +177,8 @@ def _scale(call: Call, x: Any, function: Callable[..., Tensor], *factor: Tensor)
 
 
 @stands_in_for("addcmul")
-def _addcmul(call: Call, input: Any, tensor1: Any = None, tensor2: Any = None, **more: Any) -> Any:
-    dense = not more and are_dense(input, tensor1, tensor2)
+def _addcmul(call: Call, input: Any, tensor1: Any = None, tensor2: Any = None, *deprecated: Any, **more: Any) -> Any:
+    dense = not (more or deprecated) and are_dense(input, tensor1, tensor2)
     if not dense or not (tensor1.requires_grad and tensor2.requires_grad):
         return NotImplemented
     return _multiply(call, ADDCMUL, tensor1, tensor2, input)
@@ -207,13 +207,13 @@ def _mm(call: Call, input: Any, mat2: Any = None, **more: Any) -> Any:
 
 
 @stands_in_for("baddbmm")
-def _baddbmm(call: Call, input: Any, batch1: Any = None, batch2: Any = None, **more: Any) -> Any:
-    return _add_product(call, BADDBMM, input, batch1, batch2, **more)
+def _baddbmm(call: Call, input: Any, batch1: Any = None, batch2: Any = None, *deprecated: Any, **more: Any) -> Any:
+    return NotImplemented if deprecated else _add_product(call, BADDBMM, input, batch1, batch2, **more)
 
 
 @stands_in_for("addmm")
-def _addmm(call: Call, input: Any, mat1: Any = None, mat2: Any = None, **more: Any) -> Any:
-    return _add_product(call, ADDMM, input, mat1, mat2, **more)
+def _addmm(call: Call, input: Any, mat1: Any = None, mat2: Any = None, *deprecated: Any, **more: Any) -> Any:
+    return NotImplemented if deprecated else _add_product(call, ADDMM, input, mat1, mat2, **more)
 
 
 def _add_product(

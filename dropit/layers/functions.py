@@ -158,7 +158,7 @@ class FunctionCalls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         stand_in = _stand_in_of(func)
-        if stand_in is None or self.suspended or not self._takes_calls():
+        if stand_in is None or not self._takes_calls() or self.suspended:
             return func(*args, **kwargs) if kwargs else func(*args)
         named = kwargs or {}
         self._calls += 1
@@ -168,7 +168,11 @@ class FunctionCalls(TorchFunctionMode):
     def _takes_calls(self) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return self._scope is None or (self._scope.is_current() and not _is_transformed())
+        if self._scope is None:
+            return True
+        if torch.compiler.is_compiling():  # a part of what runs, which sees the mode around it
+            return False
+        return self._scope.is_current() and not _is_transformed()
 
 
 def _stand_in_of(func: Any) -> StandIn | None:

@@ -38,6 +38,19 @@ class _Shown:
         return self._read(layer._dropit_saver)
 
 
+class _PlainClass:
+    """A layer's class attribute ``plain``, which hides no parameter, buffer or submodule by that name."""
+
+    def __init__(self, plain: type[nn.Module]) -> None:
+        self._plain = plain
+
+    def __get__(self, layer: DropITLayer | None, owner: type | None = None) -> Any:
+        if layer is not None:
+            with suppress(AttributeError):
+                return layer.__getattr__("plain")
+        return self._plain
+
+
 class DropITLayer(nn.Module):
     """Mixed into a plain layer's class. A layer is converted by giving the existing module the mixed class.
 
@@ -61,6 +74,8 @@ class DropITLayer(nn.Module):
 
     def __init_subclass__(cls, **_: Any) -> None:
         """Do not call the plain class's, which may keep a list of its subclasses."""
+        if isinstance(vars(cls).get("plain"), type):
+            type.__setattr__(cls, "plain", _PlainClass(cls.plain))
 
     @property
     def _dropit_memo(self) -> Memo:

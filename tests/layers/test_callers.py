@@ -261,3 +261,20 @@ def test_adapters_of_a_frozen_model_share_what_its_norm_saves():
     lossless = dropit.to_dropit(copy.deepcopy(plain), gamma=0)
     assert held(lossless, x).total_bytes == held(plain, x).total_bytes
     assert (step(ours, x)[1] - step(plain, x)[1]).norm() < 1e-2 * step(plain, x)[1].norm()
+
+
+@pytest.mark.parametrize("name", ["plain", "saver", "strategy"])
+def test_a_submodule_may_have_a_name_that_dropit_shows(name, x):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            setattr(self, name, nn.Linear(64, 64))
+
+        def forward(self, x):
+            return torch.sigmoid(getattr(self, name)(x))
+
+    plain = Named()
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0)
+    assert type(ours).plain is Named
+    assert isinstance(getattr(ours, name), nn.Linear)
+    assert all(map(torch.equal, step(ours, x), step(plain, x)))
