@@ -377,7 +377,17 @@ def _softmax_gradient(dim: int, grad: Tensor, y: Tensor, _: Any) -> Tensor:
     return y * (grad - (y * grad).sum(dim=dim, keepdim=True))
 
 
-@stands_in_for("norm", "vector_norm", "linalg_vector_norm")
+@stands_in_for("norm", homes=(torch.linalg,))
+def _linalg_norm(
+    call: Call, input: Any = None, ord: Any = None, dim: Any = None, keepdim: bool = False, **more: Any
+) -> Any:
+    """With a number and two dimensions it is another norm, of matrices."""
+    of_vectors = ord is None or isinstance(dim, int)
+    return _norm(call, input, ord, dim, keepdim, **more) if of_vectors else NotImplemented
+
+
+@stands_in_for("norm", homes=(torch, Tensor))
+@stands_in_for("vector_norm", "linalg_vector_norm")
 def _norm(call: Call, input: Any, p: Any = None, dim: Any = None, keepdim: bool = False, **more: Any) -> Any:
     order = more.pop("ord", p)
     if any(value is not None for value in more.values()) or order not in (None, 2, "fro") or dim is None:

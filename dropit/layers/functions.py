@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import _get_function_stack_at, _len_torch_function_stack
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from dropit.saver import Saver
 from dropit.snapshot import Scope
@@ -42,6 +43,7 @@ StandIn = Callable[..., Any]
 FUNCTIONS: dict[Any, StandIn] = {}
 _VIEWS: dict[Any, StandIn] = {}
 NAMES: set[str] = {"ALL_ATTENTION_FUNCTIONS"}  # by which code calls them; the first is a table of Hugging Face's
+_CHECKPOINTS = (checkpoint, checkpoint_sequential)
 _attention = F.scaled_dot_product_attention  # in whose place estimate_cache has a function of its own
 _HOMES = (torch, torch.Tensor, F, torch.special, torch.linalg)
 _SIGNS = {"mul": "*", "matmul": "@", "pow": "**", "div": "/"}
@@ -57,10 +59,13 @@ def _cached(function: Callable[[type[nn.Module]], bool]) -> Callable[[type[nn.Mo
     return functools.cache(function)  # type: ignore[return-value]  # as types have hashes
 
 
-def stands_in_for(*names: str, unquantized: bool = False) -> Callable[[StandIn], StandIn]:
+def stands_in_for(
+    *names: str, unquantized: bool = False, homes: tuple[Any, ...] = _HOMES
+) -> Callable[[StandIn], StandIn]:
     """Have the decorated function called in place of PyTorch's functions and Tensor's methods of these names.
 
-    ``unquantized``: it is where nothing is quantized, too: it is lossless, or drops.
+    ``unquantized``: it is where nothing is quantized, too: it is lossless, or drops. ``homes``: the modules and classes
+    whose functions these are, where those of others mean something else.
     """
 
     def enter(stand_in: StandIn) -> StandIn:
@@ -69,8 +74,8 @@ def stands_in_for(*names: str, unquantized: bool = False) -> Callable[[StandIn],
             return NotImplemented if call.saver.bits is None else stand_in(call, *args, **kwargs)
 
         for name in names:
-            homes = [home for home in _HOMES if hasattr(home, name)]
-            FUNCTIONS.update({getattr(home, name): stand_in if unquantized else where_quantized for home in homes})
+            functions = [getattr(home, name) for home in homes if hasattr(home, name)]
+            FUNCTIONS.update(dict.fromkeys(functions, stand_in if unquantized else where_quantized))
             NAMES.update({name, _SIGNS.get(name, name)})
         return stand_in
 
@@ -125,7 +130,8 @@ def _named(code: CodeType, namespace: dict[str, Any], plain: type) -> Iterator[A
 
 def _is_one(value: Any) -> bool:
     try:
-        return value in (NAMES if isinstance(value, str) else FUNCTIONS)
+        # A compiler does not follow a mode that begins in a region of a checkpoint: it is to begin outside.
+        return value in (NAMES if isinstance(value, str) else FUNCTIONS) or value in _CHECKPOINTS
     except TypeError:  # has no hash
         return False
 

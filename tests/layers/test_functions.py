@@ -50,6 +50,8 @@ CALLS = {
     "softmax, method": lambda x, y, w: (x * 4).softmax(-1).matmul(y.transpose(1, 2)),
     "norm": lambda x, y, w: x.norm(dim=-1) + torch.linalg.vector_norm(y, dim=2),
     "norm, kept": lambda x, y, w: x / x.norm(p=2, dim=(1, 2), keepdim=True),
+    "linalg.norm": lambda x, y, w: torch.linalg.norm(x, dim=-1) + torch.linalg.norm(y, 2, -1),
+    "linalg.norm, of all": lambda x, y, w: torch.linalg.norm(x, dim=(1, 2)) + y.norm(2, dim=(1, 2)),
     "normalize": lambda x, y, w: F.normalize(x, dim=-1) + F.normalize(y, dim=1),
     "relu": lambda x, y, w: F.relu(x) + torch.relu(y) + x.relu(),
     "relu, in place": lambda x, y, w: F.relu(x + y, inplace=True) + (x - y).relu_(),
@@ -132,7 +134,30 @@ def test_outputs_are_equal_and_gradients_close(name, compress, dtype, autocast):
         assert (grad.double() - exact[key].double()).norm() <= tolerance * scale, key
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "div" and "deprecated" not in name])
+@pytest.mark.parametrize("order", [2, -2, 1, "nuc", "fro"])
+def test_norms_of_matrices_are_pytorchs(order):
+    class Norm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x):
+            return torch.linalg.norm(self.linear(x), order, (1, 2))
+
+    plain, x = Norm(), torch.randn(2, 16, 32)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0, compress="int16")
+    assert torch.equal(ours(x), plain(x))
+    grads = []
+    for model in (plain, ours):
+        model(x).sum().backward()
+        grads.append(model.linear.weight.grad)
+    assert (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
+
+
+LEFT = ("addcmul, deprecated", "addmm, deprecated")  # to PyTorch
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "div" and name not in LEFT])
 def test_in_eight_bits_two_fifths_are_held_at_most(name):
     plain, ours = pair(name, "int8")
     x = torch.randn(8, 16, 32)
