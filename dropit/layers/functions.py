@@ -168,7 +168,12 @@ class FunctionCalls(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         named = kwargs or {}
         self._calls += 1
-        output = stand_in(Call(self._saver, self._calls), *args, **named)
+        try:
+            output = stand_in(Call(self._saver, self._calls), *args, **named)
+        except TypeError:
+            if torch.compiler.is_compiling() or _takes(stand_in, args, named):
+                raise
+            return func(*args, **named)  # with arguments that only PyTorch's knows, as a deprecated signature has them
         return func(*args, **named) if output is NotImplemented else output
 
     def _takes_calls(self) -> bool:
@@ -179,6 +184,14 @@ class FunctionCalls(TorchFunctionMode):
         if torch.compiler.is_compiling():  # a part of what runs, which sees the mode around it
             return False
         return self._scope.is_current() and not _is_transformed()
+
+
+def _takes(stand_in: StandIn, args: Any, named: Any) -> bool:
+    try:
+        inspect.signature(stand_in).bind(None, *args, **named)
+    except TypeError:
+        return False
+    return True
 
 
 def _stand_in_of(func: Any) -> StandIn | None:
