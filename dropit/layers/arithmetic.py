@@ -178,8 +178,9 @@ def _scale(call: Call, x: Any, function: Callable[..., Tensor], *factor: Tensor)
 
 @stands_in_for("addcmul")
 def _addcmul(call: Call, input: Any, tensor1: Any = None, tensor2: Any = None, *deprecated: Any, **more: Any) -> Any:
-    dense = not (more or deprecated) and are_dense(input, tensor1, tensor2)
-    if not dense or not (tensor1.requires_grad and tensor2.requires_grad):
+    if more or deprecated or not are_dense(input, tensor1, tensor2):
+        return NotImplemented
+    if not (tensor1.requires_grad and tensor2.requires_grad):
         return NotImplemented
     return _multiply(call, ADDCMUL, tensor1, tensor2, input)
 

@@ -171,7 +171,7 @@ class FunctionCalls(TorchFunctionMode):
         try:
             output = stand_in(Call(self._saver, self._calls), *args, **named)
         except TypeError:
-            if torch.compiler.is_compiling() or _takes(stand_in, args, named):
+            if not torch.compiler.is_compiling() and _takes(stand_in, args, named):
                 raise
             return func(*args, **named)  # with arguments that only PyTorch's knows, as a deprecated signature has them
         return func(*args, **named) if output is NotImplemented else output
