@@ -28,6 +28,7 @@ from dropit.layers.function import (
     anchor,
     apply,
     first_order_only,
+    in_place,
     none_for_none,
     undefined_gradients_as_none,
 )
@@ -171,10 +172,9 @@ def dropit_activation(input: Tensor, name: str, saver: Saver, *, inplace: bool =
         saved = saver.save_whole(input.clone() if overwritten else input)
     else:
         saved = _save_input(input, curve, saver)
-    copied = inplace and torch.compiler.is_compiling()  # which loses the gradient of what a Function changes in place
-    x, in_place = (input.clone(), False) if copied else (input, inplace)
-    output = apply(DropITActivationFunction, x, None, name, in_place, anchor(input), saved.recipe, *saved.tensors)
-    return saver.publish(input.copy_(output) if copied else output, saved.map(name, partial(_again, name)))
+    rest = anchor(input), saved.recipe, *saved.tensors
+    output = in_place(inplace, input, lambda x, inplace: apply(DropITActivationFunction, x, None, name, inplace, *rest))
+    return saver.publish(output, saved.map(name, partial(_again, name)))
 
 
 def _bounded_activation(input: Tensor, name: str, saver: Saver, rematerialized: bool) -> Tensor:

@@ -88,6 +88,13 @@ def _distinct(args: tuple[Any, ...]) -> list[Any]:
     return given
 
 
+def in_place(inplace: bool, input: Tensor, call: Callable[[Tensor, bool], Tensor]) -> Tensor:
+    """Return ``call(input, inplace)``, computed on a copy where a compiler loses the gradient of what is changed."""
+    if inplace and torch.compiler.is_compiling():
+        return input.copy_(call(input.clone(), False))
+    return call(input, inplace)
+
+
 class _FirstOrderOnly(Function):
     """Identity, in the graph of ``through``, that cannot be differentiated."""
 

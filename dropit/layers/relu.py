@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dropit.layers.function import LayerFunction, apply, link_to, none_for_none, undefined_gradients_as_none, with_zeros
+from dropit.layers.function import (
+    LayerFunction,
+    apply,
+    in_place,
+    link_to,
+    none_for_none,
+    undefined_gradients_as_none,
+    with_zeros,
+)
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.masks import apply_saved_mask, save_mask, save_range_mask, saved_mask
@@ -91,13 +99,10 @@ def dropit_relu(
 ) -> Tensor:
     """Compute ``F.relu``, ``F.hardtanh`` or, with a slope, ``F.leaky_relu``, and save a bit per element."""
     published = memo.published(input)
-    copied = inplace and torch.compiler.is_compiling()  # which loses the gradient of what a Function changes in place
-    x, in_place = (input.clone(), False) if copied else (input, inplace)
-    output = apply(DropITReLUFunction, x, lower, upper, slope, in_place, link_to(x))
-    return memo.publish(
-        input.copy_(output) if copied else output,
-        published and published.map("relu", partial(_again, lower, upper, slope)),
+    output = in_place(
+        inplace, input, lambda x, inplace: apply(DropITReLUFunction, x, lower, upper, slope, inplace, link_to(x))
     )
+    return memo.publish(output, published and published.map("relu", partial(_again, lower, upper, slope)))
 
 
 def _again(lower: float, upper: float, slope: float, x: Tensor) -> Tensor:

@@ -68,10 +68,8 @@ class DropITScaledDotProductFunction(LayerFunction):
 
         It is the generator's state or, where a graph is compiled, the bits of the mask.
         """
-        if random is not None and torch.compiler.is_compiling():
-            return as_non_view(_context_by_formula(q, k, v, mask, arguments, random))
         if mask is None or not mask.requires_grad or torch.compiler.is_compiling():
-            return as_non_view(arguments.attend(q, k, v, mask))
+            return as_non_view(_attend(q, k, v, mask, arguments, random))
         # Which kernel computes depends on whether the mask's gradient is wanted; what it saves is not.
         with torch.enable_grad(), saved_tensors_hooks(lambda _: None, lambda _: None):  # type: ignore[arg-type, return-value]
             return as_non_view(arguments.attend(q, k, v, mask).detach())
@@ -109,10 +107,7 @@ class DropITAttentionFunction(LayerFunction):
         *parts: Any,
     ) -> Tensor:
         """The plain forward; ``parts`` and ``random`` as above."""
-        if random is not None and torch.compiler.is_compiling():
-            context = _side_by_side(_context_by_formula(q, k, v, mask, arguments, random))
-        else:
-            context = _side_by_side(arguments.attend(q, k, v, mask))
+        context = _side_by_side(_attend(q, k, v, mask, arguments, random))
         rows = F.linear(as_rows(context), weight, bias)  # by rows, as PyTorch has it
         return as_non_view(rows.view(*context.shape[:-1], rows.shape[-1]))
 
@@ -175,7 +170,7 @@ def can_quantize(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments
         return False  # which PyTorch takes where groups of queries share keys
     if arguments.dropout > 0 and q.is_cuda and is_traced():
         return (
-            False  # a graph draws no random numbers twice, and the weights would be computed without PyTorch's kernel
+            False  # a graph draws no random numbers twice; with a mask that is kept it would not use PyTorch's kernel
         )
     return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
 
@@ -262,10 +257,12 @@ def _attend_by_formula(
     return dropped @ v, grad_scores @ k, _sum_groups(grad_k, groups), _sum_groups(grad_v, groups), grad_mask
 
 
-def _context_by_formula(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments, random: Tensor
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, arguments: AttentionArguments, random: Tensor | None
 ) -> Tensor:
-    """Compute attention with the dropout that ``random`` says."""
+    """Compute attention; in a graph that is compiled, with the dropout that ``random`` says."""
+    if random is None or not torch.compiler.is_compiling():
+        return arguments.attend(q, k, v, mask)
     groups = q.shape[-3] // k.shape[-3] if arguments.enable_gqa else 1
     weights = _softmax(_scores(q, _repeated(k, groups), mask, arguments))
     return weights * _dropout_mask(weights, arguments.dropout, random) @ _repeated(v, groups)
