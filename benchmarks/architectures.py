@@ -5,7 +5,7 @@
 In each cell of bytes the change from plain. Errors are relative, of the weights' gradients that are matrices or
 kernels, with the first weights: of the median weight and the worst; a gradient that all but vanishes, as below a
 millionth of the largest, is measured against that. The time is of forward and backward, of a pair of steps that take
-turns. Inputs are small and weights random: the ratios are what matters.
+turns. Inputs are small and weights random, with those that begin at zero: the ratios are what matters.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import report
 import torch
-from tasks import without_noise
+from tasks import without_noise, without_zeros
 from torch import Tensor, nn
 from zoo import ARCHITECTURES
 
@@ -30,8 +30,10 @@ WAYS = {
     "int8": {"gamma": 0, "compress": "int8"},
     "int8, dropping 0.9": {"gamma": 0.9, "compress": "int8"},
     "int4": {"gamma": 0, "compress": "int4"},
+    "int16": {"gamma": 0, "compress": "int16"},
 }
-HEADER = ["model", "plain, MiB", *WAYS, "int8: error", "worst", "int4: error", "int8: time"]
+SHOWN = [way for way in WAYS if way != "int16"]  # whose bytes
+HEADER = ["model", "plain, MiB", *SHOWN, "int8: error", "worst", "int4: error", "worst", "int16: worst", "int8: time"]
 VANISHING = 1e-6  # of the largest gradient
 
 
@@ -73,7 +75,7 @@ def measure(name: str, turns: int) -> dict[str, Any]:
     """Return the row of a model."""
     torch.manual_seed(0)
     model, loss = ARCHITECTURES[name]()
-    without_noise(model.train())
+    without_zeros(without_noise(model.train()))
     plain = cache_bytes(model, loss)
     exact = gradients(copy.deepcopy(model), loss)
     row: dict[str, Any] = {"model": name, "plain": plain}
@@ -88,9 +90,10 @@ def measure(name: str, turns: int) -> dict[str, Any]:
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Return the row as text."""
-    changes = [f"{row[way] / row['plain'] - 1:+.0%}" for way in WAYS]
+    changes = [f"{row[way] / row['plain'] - 1:+.0%}" for way in SHOWN]
     eight, four = row["int8: errors"], row["int4: errors"]
     found = [f"{statistics.median(eight):.1%}", f"{max(eight):.1%}", f"{statistics.median(four):.0%}"]
+    found += [f"{max(four):.0%}", f"{max(row['int16: errors']):.3%}"]
     return [row["model"], f"{row['plain'] / 2**20:.2f}", *changes, *found, f"{row['time']:.2f}"]
 
 

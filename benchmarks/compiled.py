@@ -25,7 +25,7 @@ from zoo import ARCHITECTURES
 
 import dropit
 
-MODELS = ("resnet18", "hf vit", "hf gpt2", "hf llama", "hf t5", "swin_t")
+MODELS = ("resnet18", "timm vit_small", "hf gpt2", "hf llama", "hf t5", "swin_t")
 HEADER = ["model, backend", "plain, MiB", "int8", "compiled", "compiled int8", "by eager's", "error", "compiled's"]
 
 

@@ -99,6 +99,17 @@ def without_noise(model: nn.Module) -> nn.Module:
     return model
 
 
+def without_zeros(model: nn.Module) -> nn.Module:
+    """Draw anew what begins at zero or next to it, as some heads and gains do, which would let no gradient through.
+
+    Biases stay. Returns the model.
+    """
+    for name, parameter in model.named_parameters():
+        if not name.endswith("bias") and parameter.detach().abs().max() < 1e-4:
+            nn.init.normal_(parameter, std=0.1)
+    return model
+
+
 def cache_bytes(model: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that what ``run`` computes with ``model`` saves for backward, its result alone alive."""
     with dropit.CacheMeter(model, retain=False) as meter:

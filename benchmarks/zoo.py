@@ -201,7 +201,7 @@ ARCHITECTURES: dict[str, Callable[[], Case]] = {
     "swin_v2_t": lambda: image_classifier("swin_v2_t"),
     "maxvit_t": lambda: image_classifier("maxvit_t", 224, 1),
     "vit_b_32": lambda: image_classifier("vit_b_32", 224),
-    "timm deit_tiny": lambda: timm_classifier("deit_tiny_patch16_224", 224),
+    "timm vit_small": lambda: timm_classifier("vit_small_patch16_224", 224),
     "timm mixer_s32": lambda: timm_classifier("mixer_s32_224", 224),
     "timm eva02_tiny": lambda: timm_classifier("eva02_tiny_patch14_224", 224),
     "timm tf_efficientnet_b0": lambda: timm_classifier("tf_efficientnet_b0"),
