@@ -68,10 +68,31 @@ def _pack_blocks(
 
 
 @triton.jit
+def _load_bits(bits, rows, nbytes, ROWS: tl.constexpr):
+    """Which elements of blocks of 256 are marked."""
+    byte = rows.to(tl.int64)[:, None] * (_BLOCK // 8) + tl.arange(0, _BLOCK // 8)[None, :]
+    loaded = tl.load(bits + byte, mask=byte < nbytes, other=0).to(tl.int32)
+    return ((loaded[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1).reshape(ROWS, _BLOCK) != 0
+
+
+@triton.jit
 def _unpack_blocks(
-    values, positions, starts, dense, n, k, COUNTED: tl.constexpr, IN_BITS: tl.constexpr, ROWS: tl.constexpr
+    values,
+    positions,
+    starts,
+    dense,
+    n,
+    nbytes,
+    k,
+    COUNTED: tl.constexpr,
+    IN_BITS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Blocks of 256 elements, zeros but for those kept: ``k`` of each or, where COUNTED, from one start to the next."""
+    """Blocks of 256 elements, zeros but for those kept: ``k`` of each or, where COUNTED, from one start to the next.
+
+    WIDTH: no fewer than any block has, a power of two.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _BLOCK)
     at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
@@ -83,14 +104,13 @@ def _unpack_blocks(
         first = rows.to(tl.int64) * k
         last = tl.minimum(first + k, tl.load(starts))  # how many there are in all
     if IN_BITS:
-        byte = tl.load(positions + at // 8, mask=inside, other=0).to(tl.int32)
-        kept = ((byte >> (columns % 8)[None, :]) & 1) != 0
+        kept = _load_bits(positions, rows, nbytes, ROWS)
         place = first[:, None] + tl.cumsum(kept.to(tl.int32), axis=1) - 1
         tl.store(dense + at, tl.load(values + place, mask=kept, other=0), mask=inside)
     else:
         tl.store(dense + at, tl.zeros((ROWS, _BLOCK), values.dtype.element_ty), mask=inside)
         tl.debug_barrier()
-        place = first[:, None] + columns[None, :]
+        place = first[:, None] + tl.arange(0, WIDTH)[None, :]
         kept = place < last[:, None]
         offset = tl.load(positions + place, mask=kept, other=0).to(tl.int64)
         here = rows.to(tl.int64)[:, None] * _BLOCK + offset
@@ -141,6 +161,7 @@ def _quantize_groups(
     codes,
     scales,
     n,
+    nbytes,
     inner,
     sections,
     noise,
@@ -182,7 +203,7 @@ def _quantize_groups(
         pairs = tl.where(at < n, whole + 8, 0).reshape(ROWS, _GROUP // 2, 2)
         shifts = tl.arange(0, 2)[None, None, :] * 4
         byte = rows.to(tl.int64)[:, None] * (_GROUP // 2) + tl.arange(0, _GROUP // 2)[None, :]
-        tl.store(codes + byte, tl.sum(pairs << shifts, axis=2).to(tl.uint8), mask=byte < (n + 1) // 2)
+        tl.store(codes + byte, tl.sum(pairs << shifts, axis=2).to(tl.uint8), mask=byte < nbytes)
 
 
 @triton.jit
@@ -220,6 +241,7 @@ def _quantize_levels(
     codes,
     scales,
     n,
+    nbytes,
     inner,
     sections,
     LIMIT: tl.constexpr,
@@ -266,17 +288,25 @@ def _quantize_levels(
     shifts = tl.arange(0, 4)[None, None, :] * 2
     byte = rows.to(tl.int64)[:, None] * (_LEVELS // 4) + tl.arange(0, _LEVELS // 4)[None, :]
     fours = code.reshape(ROWS, _LEVELS // 4, 4) << shifts
-    tl.store(codes + byte, tl.sum(fours, axis=2).to(tl.uint8), mask=byte < (n + 3) // 4)
+    tl.store(codes + byte, tl.sum(fours, axis=2).to(tl.uint8), mask=byte < nbytes)
 
 
 @triton.jit
-def _dequantize_levels(codes, scales, dense, n, LIMIT: tl.constexpr, ROWS: tl.constexpr):
+def _load_codes(codes, rows, nbytes, BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Codes of BITS bits of groups, several in a byte."""
+    byte = rows.to(tl.int64)[:, None] * (GROUP * BITS // 8) + tl.arange(0, GROUP * BITS // 8)[None, :]
+    loaded = tl.load(codes + byte, mask=byte < nbytes, other=0).to(tl.int32)
+    shifts = tl.arange(0, 8 // BITS)[None, None, :] * BITS
+    return ((loaded[:, :, None] >> shifts) & ((1 << BITS) - 1)).reshape(ROWS, GROUP)
+
+
+@triton.jit
+def _dequantize_levels(codes, scales, dense, n, nbytes, LIMIT: tl.constexpr, ROWS: tl.constexpr):
     """Offset + code * scale, no larger than LIMIT."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _LEVELS)
     at = rows.to(tl.int64)[:, None] * _LEVELS + columns[None, :]
-    byte = tl.load(codes + at // 4, mask=at < n, other=0).to(tl.int32)
-    code = (byte >> (columns % 4 * 2)[None, :]) & 3
+    code = _load_codes(codes, rows, nbytes, 2, _LEVELS, ROWS)
     inside = rows.to(tl.int64) * _LEVELS < n
     offset = tl.load(scales + 2 * rows, mask=inside, other=0)
     scale = tl.load(scales + 2 * rows + 1, mask=inside, other=0)
@@ -295,7 +325,7 @@ def _dequantize_levels(codes, scales, dense, n, LIMIT: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _dequantize_groups(codes, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
+def _dequantize_groups(codes, scales, dense, n, nbytes, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
     """Codes times scales, no larger than LIMIT; NaN for the lowest code."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _GROUP)
@@ -303,8 +333,7 @@ def _dequantize_groups(codes, scales, dense, n, LIMIT: tl.constexpr, BITS: tl.co
     if BITS != 4:
         code = tl.load(codes + at, mask=at < n, other=0).to(tl.int32)
     else:
-        byte = tl.load(codes + at // 2, mask=at < n, other=0).to(tl.int32)
-        code = ((byte >> (columns % 2 * 4)[None, :]) & 15) - 8
+        code = _load_codes(codes, rows, nbytes, 4, _GROUP, ROWS) - 8
     scale = tl.load(scales + rows, mask=rows.to(tl.int64) * _GROUP < n, other=0)
     if scales.dtype.element_ty == tl.int16:
         wide = ((scale.to(tl.int64) & 0xFFFF) << 47).to(tl.float64, bitcast=True)
@@ -333,14 +362,13 @@ def _range_bitmask_blocks(source, bits, n, nbytes, lower, upper, BOUNDED: tl.con
 
 
 @triton.jit
-def _apply_bitmask_blocks(source, bits, kept, n, ROWS: tl.constexpr):
+def _apply_bitmask_blocks(source, bits, kept, n, nbytes, ROWS: tl.constexpr):
     """The elements that are marked, zeros elsewhere."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _BLOCK)
     at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
-    byte = tl.load(bits + at // 8, mask=at < n, other=0).to(tl.int32)
-    marked = ((byte >> (columns % 8)[None, :]) & 1) != 0
-    tl.store(kept + at, tl.load(source + at, mask=marked & (at < n), other=0), mask=at < n)
+    x = tl.load(source + at, mask=at < n, other=0)
+    tl.store(kept + at, tl.where(_load_bits(bits, rows, nbytes, ROWS), x, 0), mask=at < n)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -425,7 +453,20 @@ def _unpack_blocks_op(
     dense = torch.empty(n, dtype=values.dtype, device=values.device)
     rows = -(-n // OFFSET_BLOCK)
     _launch(
-        _unpack_blocks, _UNPACK, values, rows, values, positions, starts, dense, n, k, COUNTED=counted, IN_BITS=in_bits
+        _unpack_blocks,
+        _UNPACK,
+        values,
+        rows,
+        values,
+        positions,
+        starts,
+        dense,
+        n,
+        len(positions),
+        k,
+        COUNTED=counted,
+        IN_BITS=in_bits,
+        WIDTH=OFFSET_BLOCK if counted else 1 << (k - 1).bit_length(),
     )
     return dense
 
@@ -490,6 +531,7 @@ def _launch_quantizer(
         codes,
         scales,
         flat.numel(),
+        len(codes),
         inner,
         1 if rstd is None else rstd.numel(),
         *arguments,
@@ -505,7 +547,7 @@ def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
     dense = torch.empty(n, dtype=dtype, device=codes.device)
     limit = torch.finfo(dtype).max
     if scales.dim() == 2:
-        _launch(_dequantize_levels, _LEVELS_SIZE, codes, len(scales), codes, scales, dense, n, LIMIT=limit)
+        _launch(_dequantize_levels, _LEVELS_SIZE, codes, len(scales), codes, scales, dense, n, len(codes), LIMIT=limit)
         return dense
     bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[codes.dtype]
     _launch(
@@ -517,6 +559,7 @@ def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
         scales,
         dense,
         n,
+        len(codes),
         LIMIT=limit,
         BITS=bits,
     )
@@ -537,7 +580,8 @@ def _range_bitmask_op(flat: Tensor, lower: float, upper: float) -> Tensor:
 def _apply_bitmask_op(flat: Tensor, bits: Tensor) -> Tensor:
     """(n,) of the dtype of ``flat``."""
     kept = torch.empty_like(flat)
-    _launch(_apply_bitmask_blocks, _KEEP, flat, -(-flat.numel() // OFFSET_BLOCK), flat, bits, kept, flat.numel())
+    n = flat.numel()
+    _launch(_apply_bitmask_blocks, _KEEP, flat, -(-n // OFFSET_BLOCK), flat, bits, kept, n, len(bits))
     return kept
 
 
