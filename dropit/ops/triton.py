@@ -44,19 +44,26 @@ def _pack_blocks(
     at = rows.to(tl.int64)[:, None] * _BLOCK + columns[None, :]
     x = tl.load(source + at, mask=at < n, other=0)
     wide = x.to(tl.int64) if BITS == 64 else x.to(tl.int32)
-    one = tl.full((ROWS,), 1, wide.dtype)
-    score = tl.where(at < n, wide & ((one << (BITS - 1)) - 1)[:, None], -1)
+    score = tl.where(at < n, wide & ((1 << (BITS - 1)) - 1), -1)
     here = tl.where((rows.to(tl.int64) + 1) * _BLOCK <= n, k, rest_k)
-    # The k-th largest, from its highest bit to its lowest.
+    # The k-th largest, from its highest bit to its lowest, or until as many as are wanted are not below.
     threshold = tl.zeros((ROWS,), wide.dtype)
-    for bit in tl.static_range(BITS - 2, -1, -1):
-        higher = threshold | (one << bit)
+    step = tl.full((), 1, wide.dtype) << (BITS - 2)
+    exact = tl.zeros((ROWS,), tl.int32)
+    open_rows = tl.full((), 1, tl.int32)
+    while (step > 0) & (open_rows > 0):
+        higher = threshold | step
         count = tl.sum((score >= higher[:, None]).to(tl.int32), axis=1)
         threshold = tl.where(count >= here, higher, threshold)
-    above = score > threshold[:, None]
-    tied = score == threshold[:, None]
-    missing = here - tl.sum(above.to(tl.int32), axis=1)
-    kept = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= missing[:, None]))
+        exact = tl.where(count == here, 1, exact)
+        open_rows = ROWS - tl.sum(exact, axis=0)
+        step = step >> 1
+    kept = score >= threshold[:, None]
+    if open_rows > 0:  # some are equal: those that come first
+        above = score > threshold[:, None]
+        tied = score == threshold[:, None]
+        missing = here - tl.sum(above.to(tl.int32), axis=1)
+        kept = above | (tied & (tl.cumsum(tied.to(tl.int32), axis=1) <= missing[:, None]))
     place = rows.to(tl.int64)[:, None] * k + tl.cumsum(kept.to(tl.int32), axis=1) - 1
     tl.store(values + place, x, mask=kept)
     if IN_BITS:
@@ -398,8 +405,8 @@ def _operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 # How many rows, of 256 elements or of 32, one program works on, and in how many warps: the fastest, or nearly, of those
 # tried on an H100 (benchmarks/NOTES.md). Tuning at run time would cost each launch 20 us, and may choose otherwise on
 # another rank.
-_PACK = {2: (8, 2), 4: (4, 2), 8: (2, 2)}  # by the size of an element
 _UNPACK, _GROUPS, _MARK, _KEEP = (8, 8), (32, 1), (8, 4), (8, 2)
+_PACK = (1, 1)  # not tried: a warp needs no barriers, and ends with its own row
 _LEVELS_SIZE = (16, 1)  # not tried on a GPU yet
 
 
@@ -429,7 +436,7 @@ def _pack_blocks_op(flat: Tensor, k: int, rest_k: int, in_bits: bool) -> tuple[T
     rows = -(-n // OFFSET_BLOCK)
     _launch(
         _pack_blocks,
-        _PACK[flat.element_size()],
+        _PACK,
         flat,
         rows,
         integers,
