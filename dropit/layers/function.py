@@ -82,9 +82,15 @@ def apply(function: type[LayerFunction], *args: Any) -> Any:
 def _distinct(args: tuple[Any, ...]) -> list[Any]:
     """``args``, with a view in the place of a tensor that is there before: a compiler takes none twice."""
     given: list[Any] = []
+    tensors: list[Tensor] = []
     for arg in args:
-        twice = isinstance(arg, Tensor) and any(arg is other for other in given)
-        given.append(arg.view_as(arg) if twice else arg)
+        if isinstance(arg, Tensor):
+            for other in tensors:  # a compiler traces a loop sooner than a generator
+                if arg is other:
+                    arg = arg.view_as(arg)
+                    break
+            tensors.append(arg)
+        given.append(arg)
     return given
 
 

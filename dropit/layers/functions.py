@@ -42,6 +42,7 @@ StandIn = Callable[..., Any]
 
 FUNCTIONS: dict[Any, StandIn] = {}
 _VIEWS: dict[Any, StandIn] = {}
+_STAND_INS: list[StandIn] = []  # all of both
 NAMES: set[str] = {"ALL_ATTENTION_FUNCTIONS"}  # by which code calls them; the first is a table of Hugging Face's
 _CHECKPOINTS = frozenset({checkpoint, checkpoint_sequential})
 _attention = F.scaled_dot_product_attention  # in whose place estimate_cache has a function of its own
@@ -73,9 +74,10 @@ def stands_in_for(
         def where_quantized(call: Call, *args: Any, **kwargs: Any) -> Any:
             return NotImplemented if call.saver.bits is None else stand_in(call, *args, **kwargs)
 
+        function = stand_in if unquantized else where_quantized
+        _STAND_INS.append(function)
         for name in names:
-            functions = [getattr(home, name) for home in homes if hasattr(home, name)]
-            FUNCTIONS.update(dict.fromkeys(functions, stand_in if unquantized else where_quantized))
+            FUNCTIONS.update(dict.fromkeys((getattr(home, name) for home in homes if hasattr(home, name)), function))
             NAMES.update({name, _SIGNS.get(name, name)})
         return stand_in
 
@@ -199,10 +201,15 @@ def _stand_in_of(func: Any) -> StandIn | None:
         func = _attention
     if not torch.compiler.is_compiling():
         return FUNCTIONS.get(func)
-    for function, stand_in in (*FUNCTIONS.items(), *_VIEWS.items()):  # a compiler does not find all functions in a dict
-        if function is func:
-            return stand_in
-    return None
+    place = _place_of(func)
+    return None if place < 0 else _STAND_INS[place]
+
+
+@at_trace_time
+def _place_of(func: Any) -> int:
+    """Return where in the list is what stands in for ``func``, or -1: at trace time a number can be returned."""
+    stand_in = FUNCTIONS.get(func) or _VIEWS.get(func)
+    return -1 if stand_in is None else _STAND_INS.index(stand_in)
 
 
 def _enter_view(function: Callable[..., Tensor]) -> None:
@@ -214,6 +221,7 @@ def _enter_view(function: Callable[..., Tensor]) -> None:
         return call.saver.memo.viewed(x, lambda x: function(x, *args, **kwargs))
 
     _VIEWS[function] = viewed
+    _STAND_INS.append(viewed)
 
 
 def _enter_cast(function: Callable[..., Tensor]) -> None:
@@ -228,6 +236,7 @@ def _enter_cast(function: Callable[..., Tensor]) -> None:
         return x if unchanged else output
 
     _VIEWS[function] = cast
+    _STAND_INS.append(cast)
 
 
 for _function in (Tensor.to, Tensor.float, Tensor.type_as):
