@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -19,6 +20,7 @@ from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.packed import flatten, unflatten
 from dropit.rematerialize import Memo
+from dropit.tracing import is_traced
 
 _PLAIN = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
@@ -93,36 +95,47 @@ def _again(windows: Windows, x: Tensor) -> Tensor:
 
 def window_offsets(indices: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
     """Indices into the input's spatial dimensions (int64) as offsets in each window (uint8), row by row."""
-    offsets, rest = torch.zeros_like(indices), indices
-    factor = 1
-    for dim in reversed(range(len(windows.kernel_size))):
-        size = input_shape[dim - len(windows.kernel_size)]
-        place = rest % size - _window_starts(indices, dim, windows)
-        offsets = offsets + place.div(windows.dilation[dim], rounding_mode="floor") * factor
-        rest = rest.div(size, rounding_mode="floor")
-        factor *= windows.kernel_size[dim]
-    return offsets.to(torch.uint8)
+    starts, offset_at, _ = _tables(indices, input_shape, windows)
+    return offset_at[indices - starts]
 
 
 def input_indices(offsets: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
     """Undo :func:`window_offsets`: int64."""
-    rest = offsets.to(torch.int64)
-    indices = torch.zeros_like(rest)
-    factor = 1
-    for dim in reversed(range(len(windows.kernel_size))):
-        place = _window_starts(offsets, dim, windows) + rest % windows.kernel_size[dim] * windows.dilation[dim]
-        indices = indices + place * factor
-        rest = rest.div(windows.kernel_size[dim], rounding_mode="floor")
-        factor *= input_shape[dim - len(windows.kernel_size)]
-    return indices
+    starts, _, distance_of = _tables(offsets, input_shape, windows)
+    return distance_of[offsets.to(torch.int32)] + starts
 
 
-def _window_starts(like: Tensor, dim: int, windows: Windows) -> Tensor:
-    """Where the windows begin along one spatial dimension, shaped to broadcast over ``like``'s."""
-    trailing = len(windows.kernel_size) - dim
-    count = like.shape[-trailing]
-    starts = torch.arange(count, device=like.device) * windows.stride[dim] - windows.padding[dim]
-    return starts.view(count, *[1] * (trailing - 1))
+def _tables(output: Tensor, input_shape: Sequence[int], windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+    """How indices and offsets belong together, for what has the shape of ``output``.
+
+    The index of each window's first element, which padding may put below 0: (*spatial), int64. By how far an element's
+    index is beyond it, the offset (uint8); and by offset, how far: (windows' elements,) int64. Of two offsets that are
+    equally far, where a window is wider than the input, either gives the index back.
+    """
+    spatial = len(windows.kernel_size)
+    arguments = (tuple(output.shape[-spatial:]), tuple(input_shape[-spatial:]), windows, output.device)
+    is_plain = type(output) is Tensor and not is_traced() and torch._C._len_torch_dispatch_stack() == 0
+    return (_kept_tables if is_plain else _new_tables)(*arguments)
+
+
+def _new_tables(
+    shape: tuple[int, ...], input_shape: tuple[int, ...], windows: Windows, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    starts = distance_of = torch.zeros((), dtype=torch.int64, device=device)
+    farthest = 0
+    for dim, size in enumerate(input_shape):
+        count, kernel = shape[dim], windows.kernel_size[dim]
+        first = torch.arange(count, device=device) * windows.stride[dim] - windows.padding[dim]
+        starts = starts.unsqueeze(-1) * size + first
+        distance_of = distance_of.unsqueeze(-1) * size + torch.arange(kernel, device=device) * windows.dilation[dim]
+        farthest = farthest * size + (kernel - 1) * windows.dilation[dim]
+    distance_of = distance_of.reshape(-1)
+    offsets = torch.arange(_size(windows), device=device).to(torch.uint8)
+    offset_at = torch.zeros(farthest + 1, dtype=torch.uint8, device=device).index_copy(0, distance_of, offsets)
+    return starts, offset_at, distance_of
+
+
+_kept_tables = functools.lru_cache(64)(_new_tables)
 
 
 def _size(windows: Windows) -> int:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dropit
 from dropit.convert import swap_in
@@ -88,3 +89,12 @@ def test_sizes_set_after_construction_may_be_one_number_or_none():
             setattr(plain, name, value)
         x = torch.randn(2, 3, 9, 8).requires_grad_()
         assert torch.equal(swapped(plain)(x), plain(x))
+
+
+def test_what_is_kept_between_passes_is_not_of_fake_tensors():
+    pool, shape = swapped(nn.MaxPool2d(2, stride=1)), (1, 2, 11, 13)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pool(torch.randn(shape, requires_grad=True)).sum().backward()
+    x = torch.randn(shape, requires_grad=True)
+    pool(x).sum().backward()
+    assert type(x.grad) is torch.Tensor
