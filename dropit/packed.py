@@ -75,7 +75,7 @@ def layout_of(x: Tensor) -> Layout:
 
 def is_dense_in_memory(x: Tensor) -> bool:
     """Whether ``x`` has neither gaps nor overlaps."""
-    return x.permute(memory_order(x)).is_contiguous()
+    return x.is_contiguous() or x.permute(memory_order(x)).is_contiguous()
 
 
 def packed_nbytes(n: int, kept: int, dtype: torch.dtype, per_block: int | None = None) -> int:
@@ -134,6 +134,8 @@ def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
     if outermost is not None:
         order = (outermost, *(dim for dim in memory_order(x) if dim != outermost))
         return x.permute(order).reshape(-1), Layout(x.shape, x.dtype, order)
+    if _is_in_order(x):
+        return x.reshape(-1), Layout(x.shape, x.dtype, tuple(range(x.dim())))
     if not is_dense_in_memory(x):
         x = x.clone()  # dense, with the dimensions in the same order in memory as before where they had one
     layout = layout_of(x)
@@ -142,13 +144,20 @@ def flatten(x: Tensor, outermost: int | None = None) -> tuple[Tensor, Layout]:
 
 def unflatten(flat: Tensor, layout: Layout) -> Tensor:
     """Undo :func:`flatten`: a view of ``flat`` (n,) with the tensor's shape and order in memory."""
+    if layout.order == tuple(range(len(layout.order))):
+        return flat.view(layout.shape)
     in_memory = flat.view([layout.shape[dim] for dim in layout.order])
     return in_memory.permute([layout.order.index(dim) for dim in range(len(layout.order))])
 
 
+def _is_in_order(x: Tensor) -> bool:
+    """Whether the dimensions are in memory as they are numbered, without gaps; of size 1 the strides may say others."""
+    return x.is_contiguous() and 0 not in x.shape and 1 not in x.shape
+
+
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """The dimensions of ``x``, outermost in memory first."""
-    if x.is_contiguous() and 0 not in x.shape and 1 not in x.shape:
+    if _is_in_order(x):
         return tuple(range(x.dim()))  # a compiler takes long to trace the rest
     strides = x.stride()
     order: list[int] = []

@@ -77,7 +77,6 @@ def quantize(
     """
     if not narrows(x, bits):
         return keep_dense(x)
-    with torch.no_grad():
-        flat, layout = flatten(x.detach())
-        codes, scales = ops.quantize(flat, bits, None if noise is None else noise.uniform(flat), statistics)
-        return Packed(saved_as_is(codes), None, scales, layout)
+    flat, layout = flatten(x.detach())
+    codes, scales = ops.quantize(flat, bits, None if noise is None else noise.uniform(flat), statistics)
+    return Packed(saved_as_is(codes), None, scales, layout)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from dropit.tracing import is_traced
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 def as_non_view(output: Tensor) -> Tensor:
     """Return ``output`` as no view of another tensor, as ``F.linear`` makes them: those may not be changed in place."""
-    return torch.ops.aten._unsafe_view(output, output.shape)  # type: ignore[no-any-return]
+    return _unsafe_view(output, output.shape)  # type: ignore[no-any-return]
 
 
 def each(size: int | Sequence[int], dimensions: int) -> tuple[int, ...]:

@@ -623,9 +623,10 @@ def unpack(packed: Packed) -> Tensor:
         values = dequantize(
             values, packed.scales, layout.dtype, values.numel() if positions is not None else layout.numel
         )
-    values = values.to(layout.dtype)
+    else:
+        values = values.to(layout.dtype)
     if positions is None:
-        return unflatten(values.reshape(-1), layout)
+        return unflatten(values if values.dim() == 1 else values.reshape(-1), layout)
     n, per_block = layout.numel, layout.per_block
     in_bits = positions.numel() == bits_nbytes(n)
     blocks = -(-n // OFFSET_BLOCK)
@@ -653,13 +654,16 @@ def quantize(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`dropit.ops.reference.quantize`, of ``x`` (n,) after :func:`dropit.ops.reference.normalize`."""
     mean, rstd, inner = statistics or (None, None, 1)
-    codes, scales = _quantize_op(x.reshape(-1), None if noise is None else noise.reshape(-1), bits, mean, rstd, inner)
-    return codes.view(x.shape) if bits >= 8 else codes, scales
+    if x.dim() != 1:  # a view of what has the form already would take 3 us of a call's 20
+        noise = None if noise is None else noise.reshape(-1)
+        codes, scales = quantize(x.reshape(-1), bits, noise, statistics)
+        return codes.view(x.shape) if bits >= 8 else codes, scales
+    return _quantize_op(x, noise, bits, mean, rstd, inner)  # type: ignore[no-any-return]
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """As :func:`dropit.ops.reference.dequantize`."""
-    return _dequantize_op(codes.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]
+    return _dequantize_op(codes if codes.dim() == 1 else codes.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
