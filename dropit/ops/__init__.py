@@ -87,11 +87,7 @@ def quantize(
     """
     if bits == 2 and noise is not None:
         raise ValueError("2 bits are rounded to the nearest level: noise must be None")
-    if statistics is None:
-        return backend(x).quantize(x, bits, noise)  # type: ignore[no-any-return]
-    if _has_kernels(x) and x.numel() < 2**31:
-        return backend(x).quantize(x, bits, noise, statistics)  # type: ignore[no-any-return]
-    return quantize(reference.normalize(x, statistics), bits, noise)
+    return backend(x).quantize(x, bits, noise, statistics)  # type: ignore[no-any-return]
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:

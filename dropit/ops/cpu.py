@@ -1,4 +1,4 @@
-"""The operations that NumPy does faster than PyTorch on a CPU: the same results as ``reference``, bit for bit.
+"""The operations that NumPy or C does faster than PyTorch on a CPU: the same results as ``reference``, bit for bit.
 
 Times are ns per element of a float32 tensor of 4 M elements, one in ten kept of each block of 256, on two cores
 (torch 2.14, NumPy 2.4). PyTorch's way, through a mask: 5.3. Here 1.9, on one core: ``partition`` on integers 0.8
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dropit.ops import reference
-from dropit.ops.reference import dequantize
+from dropit.ops import native, reference
 from dropit.packed import OFFSET_BLOCK, Layout, Packed, bits_nbytes, positions_nbytes, unflatten
 
 __all__ = ["apply_bitmask", "dequantize", "pack_largest", "quantize", "range_bitmask", "unpack"]
+_NATIVE = (torch.float32, torch.bfloat16)
 _PIECE = 2**18  # elements that are worked on at a time: in shorter pieces threads wait for each other
 # Fewer are worked on by one thread: PyTorch's own wait for work by spinning, and keep the other cores for some ms.
 _MANY = 2**23
@@ -53,6 +53,8 @@ def pack_largest(
 def unpack(packed: Packed) -> Tensor:
     """As :func:`dropit.ops.reference.unpack`; positions in bits take 1.2 ns on one core, by a mask 1.7 on two."""
     n = packed.layout.numel
+    if packed.positions is None and packed.scales is not None:
+        return unflatten(dequantize(packed.values, packed.scales, packed.layout.dtype, n), packed.layout)
     if packed.positions is None or packed.layout.channel_dim is not None or len(packed.positions) != bits_nbytes(n):
         return reference.unpack(packed)
     values = reference.widen(packed.values, packed.scales, packed.layout.dtype)
@@ -60,20 +62,34 @@ def unpack(packed: Packed) -> Tensor:
     return unflatten(place(values, packed.positions, n), packed.layout)
 
 
-def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int = 8, noise: Tensor | None = None, statistics: reference.Statistics | None = None
+) -> tuple[Tensor, Tensor]:
     """As :func:`dropit.ops.reference.quantize`, to 2 bits piece by piece: 4.9 ns, of the whole at once 7.9."""
+    mean, rstd, _ = statistics or (None, None, 1)
+    narrow = x.dtype in _NATIVE and (rstd is None or rstd.dtype is torch.float32)
+    if narrow and bits != 2 and noise is None and native.takes(x, mean, rstd):
+        return native.quantize(x, bits, statistics)  # to 8 bits 0.5 ns on one core, where the reference takes 1.1
     if bits != 2 or x.numel() <= _PIECE or torch.compiler.is_compiling():
-        return reference.quantize(x, bits, noise)
+        return reference.quantize(x, bits, noise, statistics)
+    x = x if statistics is None else reference.normalize(x, statistics)
     pieces = [reference.quantize(piece, bits) for piece in x.reshape(-1).split(_PIECE)]
     codes, scales = zip(*pieces, strict=True)
     return torch.cat(codes), torch.cat(scales)
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+    """As :func:`dropit.ops.reference.dequantize`: from 8 bits 0.13 ns on one core, where the reference takes 0.35."""
+    if dtype in _NATIVE and scales.dim() == 1 and scales.dtype is torch.bfloat16 and native.takes(codes, scales):
+        return native.dequantize(codes, scales, dtype, n)
+    return reference.dequantize(codes, scales, dtype, n)
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
     """As :func:`dropit.ops.reference.range_bitmask`, piece by piece: 0.25 ns, of the whole at once 0.4."""
     if flat.dtype not in (torch.float32, torch.float64):
         return reference.range_bitmask(flat, lower, upper)  # NumPy has no bfloat16, and is slow with float16
-    bits = torch.empty(bits_nbytes(flat.numel()), dtype=torch.uint8)
+    bits = torch.empty(bits_nbytes(flat.numel()), dtype=torch.uint8, device=flat.device)
     numbers, marks = flat.numpy(), bits.numpy()
     for start in range(0, len(numbers), _PIECE):
         piece = numbers[start : start + _PIECE]
@@ -101,8 +117,8 @@ def _select(flat: Tensor, block_size: int, count: int, rest_count: int, per_bloc
     n = flat.numel()
     end = n // block_size * block_size
     total = _kept(n, block_size, count, rest_count)
-    values = torch.empty(total, dtype=flat.dtype)
-    positions = torch.zeros(positions_nbytes(n, total, per_block), dtype=torch.uint8)
+    values = torch.empty(total, dtype=flat.dtype, device=flat.device)
+    positions = torch.zeros(positions_nbytes(n, total, per_block), dtype=torch.uint8, device=flat.device)
     integers, kept = (x.view(reference.INTEGER_OF_SIZE[flat.element_size()]).numpy() for x in (flat, values))
     write_positions = _write_bits if len(positions) == bits_nbytes(n) else partial(_write_offsets, per_block is None, n)
 

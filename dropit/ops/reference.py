@@ -215,7 +215,9 @@ LLOYD = 2  # times that levels are fitted and codes chosen again; more lower the
 _UNUSED_BITS = 47  # of a double, where a scale keeps its exponent's 11 bits and the highest 5 of its fraction
 
 
-def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize(
+    x: Tensor, bits: int = 8, noise: Tensor | None = None, statistics: Statistics | None = None
+) -> tuple[Tensor, Tensor]:
     """Round each group of 32 elements, in the order of ``x.reshape(-1)``, to integer codes times the group's scale.
 
     ``bits``: 16 or 8, for 65,281 or 255 codes, returned as int16 or int8 of the shape of ``x``; or 4, for 15, two in a
@@ -224,12 +226,15 @@ def quantize(x: Tensor, bits: int = 8, noise: Tensor | None = None) -> tuple[Ten
     what is stored: multiplied by its reciprocal, in float32 or for float64 in that. Two bits are another form:
     :func:`quantize_to_levels`.
     ``noise``: uniform in [0, 1), of the shape of ``x``, to round stochastically; without it, to the nearest.
+    ``statistics``: quantize what ``x`` (n,) is after :func:`normalize`.
 
     An element that is not finite is ignored in its group's scale, has a reserved code and comes back as NaN. A finite
     one comes back finite. With L the largest finite magnitude of its group and c that one's code, it is off by no more
     than L / 2c, or by half the least normal number of float32 (of float64) where that is more; by 0.4 % (3.2 %) more
     than that for the rounding of the scale, and by what rounding to its dtype adds.
     """
+    if statistics is not None:
+        x = normalize(x, statistics)
     if bits == 2:
         return quantize_to_levels(x)
     n, (top, most) = x.numel(), CODES[bits]

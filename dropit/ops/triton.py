@@ -653,6 +653,8 @@ def quantize(
     x: Tensor, bits: int = 8, noise: Tensor | None = None, statistics: reference.Statistics | None = None
 ) -> tuple[Tensor, Tensor]:
     """As :func:`dropit.ops.reference.quantize`, of ``x`` (n,) after :func:`dropit.ops.reference.normalize`."""
+    if statistics is not None and x.numel() >= 2**31:  # whose places are counted in 32 bits
+        return quantize(reference.normalize(x, statistics), bits, noise)
     mean, rstd, inner = statistics or (None, None, 1)
     if x.dim() != 1:  # a view of what has the form already would take 3 us of a call's 20
         noise = None if noise is None else noise.reshape(-1)

@@ -11,10 +11,11 @@ from torch._dynamo.backends.common import aot_autograd
 
 import dropit
 from dropit import ops
-from dropit.ops import cpu, reference
+from dropit.ops import cpu, native, reference
 from dropit.packed import flatten
 from dropit.strategies import FastMinK, MinK
 from tests import processes
+from tests.ops.test_reference import scattered_groups
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -209,3 +210,92 @@ def test_quantizing_piece_by_piece_changes_no_bit(dtype):
     x = torch.randn(2 * cpu._PIECE + 77, dtype=dtype)
     for piece, whole in zip(cpu.quantize(x, 2), reference.quantize(x, 2), strict=True):
         assert torch.equal(piece, whole)
+
+
+# --- C ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Has tensors of any size quantized by C."""
+    if native.library() is None:
+        pytest.skip("there is no C compiler")
+    monkeypatch.setattr(native, "_WORTH", 0)
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 63, 64, 999, 4096 + 7])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_codes_and_what_they_stand_for(compiled, dtype, bits, n):
+    rng = np.random.default_rng(n)
+    for _ in range(20):
+        x = awkward(rng, n, dtype) * 2.0 ** int(rng.integers(-140, 127))
+        assert native.takes(x)
+        (codes, scales), (expected, expected_scales) = cpu.quantize(x, bits), reference.quantize(x, bits)
+        assert torch.equal(codes, expected)
+        assert torch.equal(bits_of(scales), bits_of(expected_scales))
+        for to in (torch.float32, torch.bfloat16, torch.float16):
+            dense, expected_dense = (ops_.dequantize(codes, scales, to, n) for ops_ in (cpu, reference))
+            assert torch.equal(bits_of(dense), bits_of(expected_dense))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(("sections", "inner"), [(1, 50), (7, 1), (3, 32), (5, 49), (4, 700)])
+@pytest.mark.parametrize("centered", [True, False])
+def test_codes_of_what_is_normalized(compiled, sections, inner, bits, centered):
+    rng = np.random.default_rng(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = awkward(rng, 3 * sections * inner, dtype)
+        mean, rstd = torch.randn(sections), torch.rand(sections) + 0.5
+        statistics = reference.Statistics(mean if centered else None, rstd, inner)
+        arguments = (x, bits, None, statistics)
+        assert all(map(torch.equal, cpu.quantize(*arguments), reference.quantize(*arguments)))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scales_of_all_sizes(compiled, dtype, bits):
+    x = scattered_groups(np.random.default_rng(0), dtype, 2000).reshape(-1)
+    codes, scales = cpu.quantize(x, bits)
+    assert all(map(torch.equal, (codes, scales), reference.quantize(x, bits)))
+    for to in (torch.float32, torch.bfloat16):
+        dense, expected = (way.dequantize(codes, scales, to, x.numel()) for way in (cpu, reference))
+        assert torch.equal(bits_of(dense), bits_of(expected))
+
+
+@pytest.mark.parametrize("reason", ["DROPIT_NATIVE=0", "CC=/nowhere/cc", "CC=false", "XDG_CACHE_HOME=/dev/null"])
+def test_without_a_compiler_or_a_cache_pytorch_does_the_same(reason, tmp_path):
+    program = """
+import torch
+from dropit import ops
+x = torch.randn(2**16, generator=torch.Generator().manual_seed(0))
+codes, scales = ops.quantize(x)
+print(codes.sum().item(), ops.dequantize(codes, scales, x.dtype, x.numel()).sum().item())
+"""
+    name, _, value = reason.partition("=")
+    outputs = []
+    for environment in ({"XDG_CACHE_HOME": str(tmp_path)}, {"XDG_CACHE_HOME": str(tmp_path / "other"), name: value}):
+        done = processes.run([sys.executable, "-c", program], env={**os.environ, **environment}, check=True)
+        assert done.stderr == ""
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+
+
+def test_what_is_compiled_is_kept_for_the_next_process(tmp_path):
+    program = "import torch; from dropit.ops import native; print(native.takes(torch.randn(2**16)))"
+    made = []
+    for _ in range(2):
+        done = processes.run(
+            [sys.executable, "-c", program], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, check=True
+        )
+        (library,) = (tmp_path / "dropit").iterdir() if done.stdout == "True\n" else [tmp_path]
+        made.append(library.stat().st_mtime_ns)
+    assert made[0] == made[1]
+
+
+def test_a_default_device_is_not_where_a_tensor_is_packed():
+    model = dropit.to_dropit(torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.ReLU(), torch.nn.Linear(300, 3)))
+    x = torch.randn(200, 300)
+    with torch.device("meta"):
+        model(x).sum().backward()
+    assert model[0].weight.grad.device.type == "cpu"

@@ -1,0 +1,202 @@
+/* Quantization on a CPU: the same results as reference.py's, bit for bit, in one pass.
+
+Compiled by native.py when first needed. Products and sums must not be contracted into one rounding, nor anything be
+reordered: -ffp-contract=off, no -ffast-math. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32, BFLOAT16 };     /* of the dense tensor */
+enum { INFINITE = 0x7F800000 }; /* its bits */
+enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2 };
+
+INLINE float from_bits(uint32_t bits)
+{
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE uint32_t to_bits(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float widened(uint16_t x) { return from_bits((uint32_t)x << 16); }
+
+/* To bfloat16, of two equally near to the even one; not of NaN. */
+INLINE uint16_t narrowed(float x)
+{
+    uint32_t bits = to_bits(x);
+    return (uint16_t)((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float at_least(float x, float least) { return x < least ? least : x; }
+INLINE float at_most(float x, float most) { return x > most ? most : x; }
+
+/* To the nearest whole number, of two equally near to the even one: what this adds leaves no bits for a fraction. */
+INLINE float rounded(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+/* What the elements are normalized by: element i by those at place i / inner % sections. No rstd: they are not. */
+struct statistics {
+    const float *mean, *rstd;
+    int64_t inner, sections;
+};
+
+INLINE void load(float *to, const void *from, int64_t start, int count, int kind, const struct statistics *by)
+{
+    if (kind == FLOAT32)
+        memcpy(to, (const float *)from + start, count * sizeof *to);
+    else
+        for (int i = 0; i < count; i++)
+            to[i] = widened(((const uint16_t *)from)[start + i]);
+    if (!by->rstd)
+        return;
+    int64_t place = start / by->inner % by->sections, left = by->inner - start % by->inner;
+    for (int i = 0; i < count;) {
+        int end = left < count - i ? i + (int)left : count;
+        float mean = by->mean ? by->mean[place] : 0, rstd = by->rstd[place];
+        if (by->mean)
+            for (; i < end; i++)
+                to[i] = (to[i] - mean) * rstd;
+        else
+            for (; i < end; i++)
+                to[i] = to[i] * rstd;
+        place = place + 1 == by->sections ? 0 : place + 1;
+        left = by->inner;
+    }
+}
+
+/* One group, of so many elements. top: the code of its largest; most: the largest code. The next below the least is of
+what is not finite. */
+INLINE void quantize_group(const void *x, int kind, int64_t start, int count, const struct statistics *by, int bits,
+                           float top, float most, void *codes, uint16_t *scales)
+{
+    float group[GROUP] = {0};
+    int32_t magnitude[GROUP], largest = 0;
+    int16_t code[GROUP];
+    load(group, x, start, count, kind, by);
+    memcpy(magnitude, group, sizeof magnitude); /* bits without the sign, as whole numbers, are in the floats' order */
+    for (int i = 0; i < GROUP; i++) {
+        magnitude[i] &= 0x7FFFFFFF;
+        int32_t finite = magnitude[i] < INFINITE ? magnitude[i] : 0;
+        largest = finite > largest ? finite : largest;
+    }
+    uint16_t scale = narrowed(at_least(from_bits((uint32_t)largest) / top, 1.1754943508222875e-38f));
+    float reciprocal = 1.0f / widened(scale);
+    for (int i = 0; i < GROUP; i++) {
+        float c = rounded(at_most(at_least(group[i] * reciprocal, -most), most));
+        code[i] = (int16_t)(magnitude[i] < INFINITE ? (int32_t)c : -(int32_t)most - 1);
+    }
+    scales[start / GROUP] = scale;
+    if (bits == 16)
+        for (int i = 0; i < count; i++)
+            ((int16_t *)codes)[start + i] = (int16_t)code[i];
+    else if (bits == 8)
+        for (int i = 0; i < count; i++)
+            ((int8_t *)codes)[start + i] = (int8_t)code[i];
+    else {
+        uint16_t pairs[GROUP / 2];
+        uint8_t bytes[GROUP];
+        for (int i = 0; i < GROUP; i++)
+            bytes[i] = i < count ? (uint8_t)(code[i] + 8) : 0;
+        memcpy(pairs, bytes, sizeof pairs); /* as a little-endian processor has them */
+        for (int i = 0; i < (count + 1) / 2; i++)
+            ((uint8_t *)codes)[start / 2 + i] = (uint8_t)(pairs[i] | pairs[i] >> 4);
+    }
+}
+
+INLINE void quantize_groups(const void *x, int kind, int64_t n, const struct statistics *by, int bits, float top,
+                            float most, void *codes, uint16_t *scales)
+{
+    int64_t start = 0;
+    for (; start + GROUP <= n; start += GROUP)
+        quantize_group(x, kind, start, GROUP, by, bits, top, most, codes, scales);
+    if (start < n)
+        quantize_group(x, kind, start, (int)(n - start), by, bits, top, most, codes, scales);
+}
+
+INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t start, int count, int kind, float limit,
+                             void *dense)
+{
+    const int32_t lowest = -(1 << (bits - 1));
+    int32_t code[GROUP] = {0};
+    if (bits == 16)
+        for (int i = 0; i < count; i++)
+            code[i] = ((const int16_t *)codes)[start + i];
+    else if (bits == 8)
+        for (int i = 0; i < count; i++)
+            code[i] = ((const int8_t *)codes)[start + i];
+    else {
+        uint16_t pairs[GROUP / 2] = {0};
+        uint8_t bytes[GROUP];
+        for (int i = 0; i < (count + 1) / 2; i++) {
+            uint16_t pair = ((const uint8_t *)codes)[start / 2 + i];
+            pairs[i] = (pair | pair << 4) & 0x0F0F;
+        }
+        memcpy(bytes, pairs, sizeof bytes);
+        for (int i = 0; i < GROUP; i++)
+            code[i] = bytes[i] - 8;
+    }
+    for (int i = 0; i < count; i++) {
+        float x = at_most(at_least((float)code[i] * scale, -limit), limit);
+        if (kind == FLOAT32)
+            ((float *)dense)[start + i] = code[i] == lowest ? NAN : x;
+        else
+            ((uint16_t *)dense)[start + i] = code[i] == lowest ? 0x7FC0 : narrowed(x);
+    }
+}
+
+INLINE void dequantize_groups(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit,
+                              void *dense)
+{
+    int64_t start = 0;
+    for (; start + GROUP <= n; start += GROUP)
+        dequantize_group(codes, widened(scales[start / GROUP]), bits, start, GROUP, kind, limit, dense);
+    if (start < n)
+        dequantize_group(codes, widened(scales[start / GROUP]), bits, start, (int)(n - start), kind, limit, dense);
+}
+
+/* Each call has its own constants, so that the compiler makes a loop of each kind. */
+
+void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, const float *rstd, int64_t inner,
+                     int64_t sections, int bits, float top, float most, void *codes, uint16_t *scales)
+{
+    const struct statistics by = {mean, rstd, inner, sections}, none = {0, 0, 1, 1};
+    const struct statistics *used = rstd ? &by : &none;
+    if (kind == FLOAT32 && bits == 8 && !rstd)
+        quantize_groups(x, FLOAT32, n, &none, 8, 127, 127, codes, scales);
+    else if (kind == FLOAT32 && bits == 8)
+        quantize_groups(x, FLOAT32, n, &by, 8, 127, 127, codes, scales);
+    else if (kind == FLOAT32 && bits == 4)
+        quantize_groups(x, FLOAT32, n, used, 4, 7, 7, codes, scales);
+    else if (kind == FLOAT32)
+        quantize_groups(x, FLOAT32, n, used, 16, top, most, codes, scales);
+    else if (bits == 8)
+        quantize_groups(x, BFLOAT16, n, used, 8, 127, 127, codes, scales);
+    else if (bits == 4)
+        quantize_groups(x, BFLOAT16, n, used, 4, 7, 7, codes, scales);
+    else
+        quantize_groups(x, BFLOAT16, n, used, 16, top, most, codes, scales);
+}
+
+void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit, void *dense)
+{
+    if (kind == FLOAT32 && bits == 8)
+        dequantize_groups(codes, scales, 8, n, FLOAT32, limit, dense);
+    else if (kind == FLOAT32 && bits == 4)
+        dequantize_groups(codes, scales, 4, n, FLOAT32, limit, dense);
+    else if (kind == FLOAT32)
+        dequantize_groups(codes, scales, 16, n, FLOAT32, limit, dense);
+    else if (bits == 8)
+        dequantize_groups(codes, scales, 8, n, BFLOAT16, limit, dense);
+    else if (bits == 4)
+        dequantize_groups(codes, scales, 4, n, BFLOAT16, limit, dense);
+    else
+        dequantize_groups(codes, scales, 16, n, BFLOAT16, limit, dense);
+}

@@ -1,0 +1,139 @@
+"""Quantization on a CPU by C, where there is a compiler: the same results as ``reference``, bit for bit, in one pass.
+
+``native.c`` is compiled for this processor when a tensor is first worth it, in a second, and kept in the user's cache
+directory (``XDG_CACHE_HOME``, ``~/.cache``). Where that fails, or with ``DROPIT_NATIVE=0`` in the environment,
+PyTorch's own operations do the same, and take two to three times as long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dropit.ops import reference
+from dropit.packed import SCALE_GROUP
+from dropit.tracing import is_traced
+
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+_STORED = {16: torch.int16, 8: torch.int8, 4: torch.uint8}
+_BITS = {dtype: bits for bits, dtype in _STORED.items()}
+_WORTH = 2**15  # elements, for which a compiler is started
+_log = logging.getLogger(__name__)
+_loaded: ctypes.CDLL | None = None
+
+
+def takes(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether the functions here can be called for ``x``, with statistics in ``others``."""
+    plain = all(
+        type(each) in (Tensor, nn.Parameter) and each.is_contiguous() for each in (x, *others) if each is not None
+    )
+    if not plain or is_traced() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return (_loaded is not None or x.numel() >= _WORTH) and library() is not None
+
+
+def quantize(x: Tensor, bits: int, statistics: reference.Statistics | None = None) -> tuple[Tensor, Tensor]:
+    """As :func:`dropit.ops.reference.quantize`, of float32 or bfloat16, to 16, 8 or 4 bits."""
+    n, (top, most) = x.numel(), reference.CODES[bits]
+    # Of the device, since the default may be another.
+    codes = torch.empty((-(-n // 2),) if bits == 4 else x.shape, dtype=_STORED[bits], device=x.device)
+    scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.bfloat16, device=x.device)
+    mean, rstd, inner = statistics or (None, None, 1)
+    _function("quantize")(
+        x.data_ptr(),
+        _KINDS[x.dtype],
+        n,
+        None if mean is None else mean.data_ptr(),
+        None if rstd is None else rstd.data_ptr(),
+        inner,
+        1 if rstd is None else rstd.numel(),
+        bits,
+        top,
+        most,
+        codes.data_ptr(),
+        scales.data_ptr(),
+    )
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+    """As :func:`dropit.ops.reference.dequantize`, to float32 or bfloat16, from 16, 8 or 4 bits."""
+    dense = torch.empty(n, dtype=dtype, device=codes.device)
+    bits, limit = _BITS[codes.dtype], torch.finfo(dtype).max
+    _function("dequantize")(codes.data_ptr(), scales.data_ptr(), bits, n, _KINDS[dtype], limit, dense.data_ptr())
+    return dense
+
+
+@functools.cache
+def _function(name: str) -> ctypes._NamedFuncPointer:
+    address, integer, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
+    types = {
+        "quantize": [address, integer, size, address, address, size, size, integer, number, number, address, address],
+        "dequantize": [address, address, integer, size, integer, number, address],
+    }
+    found = library()
+    assert found is not None
+    function = getattr(found, f"dropit_{name}")
+    function.argtypes, function.restype = types[name], None
+    return function  # type: ignore[no-any-return]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What was compiled of ``native.c``; None where it cannot be, or is not to be."""
+    global _loaded
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if os.environ.get("DROPIT_NATIVE") == "0" or compiler is None or sys.byteorder != "little":
+        return None
+    try:
+        _loaded = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.debug("native.c was not compiled, and PyTorch quantizes on the CPU: %s", error)
+    return _loaded
+
+
+def _compiled(compiler: str) -> Path:
+    """Compile it, unless that was done before for such a processor. Returns the library's path."""
+    parts = (_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, platform.machine(), _processor())
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dropit")
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        directory = Path(tempfile.mkdtemp(prefix="dropit"))
+    path = directory / f"native-{name}.so"
+    if path.exists():
+        return path
+    with tempfile.TemporaryDirectory(dir=directory) as workplace:  # from where it is moved when it is whole
+        made = Path(workplace, path.name)
+        command = [*compiler.split(), *_FLAGS, str(_SOURCE), "-o", str(made)]
+        for options in (["-march=native"], []):  # which not all compilers have
+            done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode == 0:
+                break
+        done.check_returncode()
+        made.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What tells this processor from others that share the user's files."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
