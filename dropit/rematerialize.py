@@ -44,9 +44,15 @@ class Published(NamedTuple):
     saved: Saved | None
     bits: int  # in which the publishing layer saves
 
-    def map(self, name: str, function: Callable[..., Tensor], *tensors: Tensor | None) -> Published:
-        """Return what is published for ``function`` of the tensor."""
-        return self._replace(saved=self.saved and self.saved.map(name, function, *tensors))
+    def map(
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        *tensors: Tensor | None,
+        in_place: Callable[..., Tensor] | None = None,
+    ) -> Published:
+        """Return what is published for ``function`` of the tensor: :meth:`dropit.saved.Saved.map`."""
+        return self._replace(saved=self.saved and self.saved.map(name, function, *tensors, in_place=in_place))
 
     def out_of_reach(self) -> Published:
         """Return the same without what is saved."""

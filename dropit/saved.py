@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dropit import ops
 from dropit.packed import Layout, Packed
+from dropit.tracing import is_mapped, is_traced
 
 
 class _Step(NamedTuple):
@@ -19,6 +20,8 @@ class _Step(NamedTuple):
     name: str  # "" for what is not to be shown
     function: Callable[..., Tensor]
     tensors: int  # how many of the saved tensors it takes
+    in_place: Callable[..., Tensor] | None = None  # the same, which may change x
+    is_new: bool = True  # whether x is in memory of its own after the first step
 
 
 class Recipe(NamedTuple):
@@ -30,8 +33,10 @@ class Recipe(NamedTuple):
         """Compute the dense tensor, or close to it, from all saved tensors in order."""
         first, *others = self.steps
         x, taken = first.function(*tensors[: first.tensors]), first.tensors
+        may_change = first.is_new and not torch.is_grad_enabled() and not is_traced() and not is_mapped(x)
         for step in others:
-            x = step.function(x, *tensors[taken : taken + step.tensors])
+            function = step.in_place if may_change and step.in_place is not None else step.function
+            x = function(x, *tensors[taken : taken + step.tensors])
             taken += step.tensors
         return x
 
@@ -48,12 +53,22 @@ class Saved(NamedTuple):
     @classmethod
     def of(cls, packed: Packed, name: str = "input") -> Saved:
         """Return what is saved of a packed tensor, which ``name`` stands for in the recipe."""
-        unpack = _Step(f"{_encoding(packed)} {name}", partial(_unpack, packed.layout), 3)
-        return cls(Recipe((unpack,)), (packed.values, packed.positions, packed.scales))
+        unpack = partial(_unpack, packed.layout)
+        step = _Step(f"{_encoding(packed)} {name}", unpack, 3, is_new=not packed.is_dense)
+        return cls(Recipe((step,)), (packed.values, packed.positions, packed.scales))
 
-    def map(self, name: str, function: Callable[..., Tensor], *tensors: Tensor | None) -> Saved:
-        """Return what gives ``function(x, *tensors)`` of the dense tensor x."""
-        steps = (*self.recipe.steps, _Step(name, function, len(tensors)))
+    def map(
+        self,
+        name: str,
+        function: Callable[..., Tensor],
+        *tensors: Tensor | None,
+        in_place: Callable[..., Tensor] | None = None,
+    ) -> Saved:
+        """Return what gives ``function(x, *tensors)`` of the dense tensor x.
+
+        ``in_place``: the same function, that may use the memory of x, which on a CPU is faster than new memory.
+        """
+        steps = (*self.recipe.steps, _Step(name, function, len(tensors), in_place))
         return Saved(Recipe(steps), (*self.tensors, *tensors))
 
     def combine(self, name: str, function: Callable[[Tensor, Tensor], Tensor], other: Saved) -> Saved:

@@ -1,9 +1,11 @@
+import pytest
 import torch
 from torch import nn
 
 import dropit
 from dropit import ops
 from dropit.packed import keep_dense
+from dropit.policy import quantize
 from dropit.saved import Saved
 from dropit.strategies import MinK
 
@@ -25,3 +27,16 @@ def test_a_recipe_reads_as_the_chain_that_it_computes():
     model = dropit.to_dropit(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3)), gamma=0, compress="int8")
     y = model[1](model[0](torch.randn(2, 4, 8, 8)))
     assert repr(model[2].saver.save(y, y)) == "int8 x-hat -> affine -> relu"
+
+
+@pytest.mark.parametrize("dense", [True, False])
+def test_a_step_changes_what_is_restored_in_place_and_never_what_is_saved(dense):
+    x = torch.randn(64)
+    packed = keep_dense(x) if dense else quantize(x, 8)
+    saved = Saved.of(packed).map("twice", lambda x: x * 2, in_place=lambda x: x.mul_(2))
+    before = [None if each is None else each.clone() for each in saved.tensors]
+    with torch.no_grad():
+        first, second = saved.restore(), saved.restore()
+    assert torch.equal(first, second)
+    assert all(b is None or torch.equal(a, b) for a, b in zip(saved.tensors, before, strict=True))
+    assert torch.equal(first, saved.restore())  # with gradients on, where nothing is changed

@@ -376,7 +376,7 @@ def _in_graph(
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
         affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
-    return saver.publish(output, saved.map("affine", _scaled, *affine))
+    return saver.publish(output, saved.map("affine", _scaled, *affine, in_place=_scale))
 
 
 def _save_normalized(
@@ -415,9 +415,18 @@ def _samplewise(x: Tensor, statistic: Tensor) -> int:
 
 
 def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is not None:
-        x = x * weight
-    return x if bias is None else x + bias
+    if weight is None or bias is None:
+        return x + bias if bias is not None else x if weight is None else x * weight
+    return torch.addcmul(bias, x, weight)
+
+
+def _scale(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The same in the memory of ``x``, where it has the dtype."""
+    if any(each is not None and each.dtype is not x.dtype for each in (weight, bias)):
+        return _scaled(x, weight, bias)
+    if weight is None or bias is None:
+        return x.add_(bias) if bias is not None else x if weight is None else x.mul_(weight)
+    return torch.addcmul(bias, x, weight, out=x)
 
 
 # Operators that autocast on a GPU computes in float32, which of rms_norm is so from PyTorch 2.12 on.

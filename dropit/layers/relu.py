@@ -102,11 +102,14 @@ def dropit_relu(
     output = in_place(
         inplace, input, lambda x, inplace: apply(DropITReLUFunction, x, lower, upper, slope, inplace, link_to(x))
     )
-    return memo.publish(output, published and published.map("relu", partial(_again, lower, upper, slope)))
+    again, in_place_again = partial(_again, lower, upper, slope, False), partial(_again, lower, upper, slope, True)
+    return memo.publish(output, published and published.map("relu", again, in_place=in_place_again))
 
 
-def _again(lower: float, upper: float, slope: float, x: Tensor) -> Tensor:
-    return F.leaky_relu(x, slope) if slope else x.clamp(lower, upper)
+def _again(lower: float, upper: float, slope: float, inplace: bool, x: Tensor) -> Tensor:
+    if slope:
+        return F.leaky_relu(x, slope, inplace)
+    return x.clamp_(lower, upper) if inplace else x.clamp(lower, upper)
 
 
 @register

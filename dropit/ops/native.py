@@ -38,11 +38,11 @@ _loaded: ctypes.CDLL | None = None
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the functions here can be called for ``x``, with statistics in ``others``."""
-    plain = all(
-        type(each) in (Tensor, nn.Parameter) and each.is_contiguous() for each in (x, *others) if each is not None
-    )
-    if not plain or is_traced() or torch._C._len_torch_dispatch_stack() > 0:
+    if is_traced() or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    for each in (x, *others):
+        if each is not None and (type(each) not in (Tensor, nn.Parameter) or not each.is_contiguous()):
+            return False
     return (_loaded is not None or x.numel() >= _WORTH) and library() is not None
 
 
