@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -19,6 +19,11 @@ def is_mapped(x: Tensor) -> bool:
     while functorch.is_gradtrackingtensor(x):
         x = functorch.get_unwrapped(x)
     return functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x)  # of autograd's is_grads_batched
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether the elements of ``x`` may be worked on directly: no compiler, transform, mode or subclass looks on."""
+    return type(x) in (Tensor, nn.Parameter) and not is_traced() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def at_trace_time(function: Function) -> Function:

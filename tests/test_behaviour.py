@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import dropit
@@ -309,3 +310,14 @@ def test_it_compiles_whole_to_the_same_gradients_and_holds_no_more(name, backend
     copies = sum(p.nbytes for p in model.parameters() if p.dim() == 4) if backend == "inductor" else 0
     assert compiled_bytes - eager_bytes <= (copies or max(0, plain_bytes - plain_eager_bytes))
     assert compiled_bytes < plain_bytes
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gamma": 0.9}, {"gamma": 0, "compress": "int8"}, {"gamma": 0, "compress": "int2"}]
+)
+def test_fake_tensors_train(settings):
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 8, 3))
+        dropit.to_dropit(model, **settings)
+        model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert model[0].weight.grad.shape == (32, 3, 3, 3)

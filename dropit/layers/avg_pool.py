@@ -14,6 +14,7 @@ from dropit.layers.function import LayerFunction, apply, link_to, none_for_none,
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
+from dropit.tracing import is_mapped
 
 _aten = torch.ops.aten
 _PLAIN = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -99,7 +100,7 @@ class _DropITAvgPool(DropITLayer, nn.modules.pooling._AvgPoolNd):
 
     def forward(self, input: Tensor) -> Any:
         """input: (N, C, *spatial) or (C, *spatial)."""
-        if not self.saves(input):
+        if not self.saves(input) or is_mapped(input):
             return super().forward(input)  # type: ignore[misc]
         rest: Any = (self.ceil_mode, self.count_include_pad, getattr(self, "divisor_override", None))
         return dropit_avg_pool(input, self.dimensions, self.kernel_size, self.stride, self.padding, *rest)
@@ -111,7 +112,8 @@ class _DropITAdaptiveAvgPool(DropITLayer, nn.modules.pooling._AdaptiveAvgPoolNd)
     def forward(self, input: Tensor) -> Any:
         """input: (N, C, *spatial) or (C, *spatial)."""
         sizes = self._sizes(input)
-        if not self.saves(input) or all(size == 1 for size in sizes):  # that one is a mean, which saves nothing
+        mean = all(size == 1 for size in sizes)  # which saves nothing
+        if not self.saves(input) or mean or is_mapped(input):
             return super().forward(input)  # type: ignore[misc]
         input = autocast_as(partial(_ADAPTIVE_PLAIN[self.dimensions], output_size=1), input)
         if self.dimensions > 1:

@@ -20,7 +20,7 @@ from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
 from dropit.packed import flatten, unflatten
 from dropit.rematerialize import Memo
-from dropit.tracing import is_traced
+from dropit.tracing import is_mapped, is_plain
 
 _PLAIN = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _FORWARD = {2: torch.ops.aten.max_pool2d_with_indices, 3: torch.ops.aten.max_pool3d_with_indices}
@@ -61,6 +61,12 @@ class DropITMaxPoolFunction(LayerFunction):
         ctx.mark_non_differentiable(indices)
         save_form(ctx, input)
         offsets = window_offsets(indices, input.shape, ctx.windows)
+        # Of a window that is all -inf, PyTorch's index on a CPU is of another one in this case.
+        odd = len(ctx.windows.kernel_size) == 3 and ctx.memory_format is torch.channels_last_3d and is_plain(input)
+        if odd and not torch.equal(input_indices(offsets, input.shape, ctx.windows), indices):
+            ctx.layout = None
+            ctx.save_for_backward(indices)
+            return
         flat, ctx.layout = flatten(offsets)
         ctx.save_for_backward(ops.pack_subbyte(flat, _size(ctx.windows)))
 
@@ -68,9 +74,11 @@ class DropITMaxPoolFunction(LayerFunction):
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
-        (packed,) = ctx.saved_tensors
-        offsets = ops.unpack_subbyte(packed, _size(ctx.windows), ctx.layout.numel)
-        indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
+        (saved,) = ctx.saved_tensors
+        indices = saved
+        if ctx.layout is not None:
+            offsets = ops.unpack_subbyte(saved, _size(ctx.windows), ctx.layout.numel)
+            indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
         backward = _BACKWARD[len(ctx.windows.kernel_size)]
         grad_input = backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices)
         return with_zeros(grad_input, ctx.link), None, None
@@ -96,7 +104,7 @@ def _again(windows: Windows, x: Tensor) -> Tensor:
 def window_offsets(indices: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
     """Indices into the input's spatial dimensions (int64) as offsets in each window (uint8), row by row."""
     starts, offset_at, _ = _tables(indices, input_shape, windows)
-    return offset_at[indices - starts]
+    return offset_at[(indices - starts).clamp_(0, len(offset_at) - 1)]
 
 
 def input_indices(offsets: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
@@ -114,8 +122,7 @@ def _tables(output: Tensor, input_shape: Sequence[int], windows: Windows) -> tup
     """
     spatial = len(windows.kernel_size)
     arguments = (tuple(output.shape[-spatial:]), tuple(input_shape[-spatial:]), windows, output.device)
-    is_plain = type(output) is Tensor and not is_traced() and torch._C._len_torch_dispatch_stack() == 0
-    return (_kept_tables if is_plain else _new_tables)(*arguments)
+    return (_kept_tables if is_plain(output) else _new_tables)(*arguments)
 
 
 def _new_tables(
@@ -149,7 +156,7 @@ class _DropITMaxPool(DropITLayer, nn.modules.pooling._MaxPoolNd):
         """input: (N, C, *spatial) or (C, *spatial)."""
         given = (self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode)
         windows = Windows.of(self.dimensions, *given)
-        if not self.saves(input) or self.return_indices or _size(windows) > 256:
+        if not self.saves(input) or self.return_indices or _size(windows) > 256 or is_mapped(input):
             return self.pass_on_unsaved(super().forward, input)  # type: ignore[misc]
         return dropit_max_pool(input, windows, self._dropit_memo)
 

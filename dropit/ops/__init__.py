@@ -25,7 +25,7 @@ from dropit.ops.reference import (
     unpack_subbyte,
 )
 from dropit.packed import Packed
-from dropit.tracing import is_traced
+from dropit.tracing import is_plain, is_traced
 
 __all__ = [
     "Statistics",
@@ -60,7 +60,7 @@ def backend(x: Tensor) -> Any:
         from dropit.ops import triton
 
         return triton
-    if x.device.type == "cpu" and _HAS_NUMPY and (torch.compiler.is_compiling() or not is_traced()):
+    if x.device.type == "cpu" and _HAS_NUMPY and (torch.compiler.is_compiling() or is_plain(x)):
         from dropit.ops import cpu
 
         return cpu

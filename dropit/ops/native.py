@@ -20,11 +20,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dropit.ops import reference
 from dropit.packed import SCALE_GROUP
-from dropit.tracing import is_traced
+from dropit.tracing import is_plain
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
@@ -38,10 +38,8 @@ _loaded: ctypes.CDLL | None = None
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the functions here can be called for ``x``, with statistics in ``others``."""
-    if is_traced() or torch._C._len_torch_dispatch_stack() > 0:
-        return False
     for each in (x, *others):
-        if each is not None and (type(each) not in (Tensor, nn.Parameter) or not each.is_contiguous()):
+        if each is not None and not (is_plain(each) and each.is_contiguous()):
             return False
     return (_loaded is not None or x.numel() >= _WORTH) and library() is not None
 

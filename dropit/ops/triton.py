@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, nn
+from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from dropit.ops import reference
@@ -28,6 +28,7 @@ from dropit.packed import (
     positions_nbytes,
     unflatten,
 )
+from dropit.tracing import is_plain
 
 _BLOCK = tl.constexpr(OFFSET_BLOCK)
 _GROUP = tl.constexpr(SCALE_GROUP)
@@ -378,15 +379,6 @@ def _apply_bitmask_blocks(source, bits, kept, n, nbytes, ROWS: tl.constexpr):
     tl.store(kept + at, tl.where(_load_bits(bits, rows, nbytes, ROWS), x, 0), mask=at < n)
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether the kernel can be launched directly: no compiler, mode or subclass has to see an operator."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
 def _operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make an operator of a function that launches a kernel; where possible call it directly, in 0.3 ms less."""
 
@@ -395,7 +387,7 @@ def _operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         @functools.wraps(function)
         def call(x: Tensor, *arguments: Any) -> Any:
-            return (function if _is_plain(x) else operator)(x, *arguments)
+            return (function if is_plain(x) else operator)(x, *arguments)
 
         return call
 
@@ -416,7 +408,7 @@ def _launch(kernel: Any, size: tuple[int, int], x: Tensor, rows: int, *arguments
     grid = (-(-rows // each),)
     if rows == 0:
         return
-    if not _is_plain(x):
+    if not is_plain(x):
         wrap_triton(kernel)[grid](*arguments, ROWS=each, num_warps=warps, **constants)
     elif x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):

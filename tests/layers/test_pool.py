@@ -98,3 +98,25 @@ def test_what_is_kept_between_passes_is_not_of_fake_tensors():
     x = torch.randn(shape, requires_grad=True)
     pool(x).sum().backward()
     assert type(x.grad) is torch.Tensor
+
+
+@pytest.mark.parametrize("share", [0.01, 0.7, 1.0])
+@pytest.mark.parametrize(
+    ("plain", "memory_format"), [(nn.MaxPool2d(2), torch.channels_last), (nn.MaxPool3d(2), torch.channels_last_3d)]
+)
+def test_where_all_of_a_window_is_minus_infinity_the_gradient_is_pytorchs(plain, memory_format, share):
+    """Whose indices may be of another window then."""
+    x = torch.randn(2, 3, *SIZES[2 if plain.__class__ is nn.MaxPool2d else 3])
+    x[torch.rand_like(x) < share] = -float("inf")
+    x[..., :2, :2] = -float("inf")
+    x = x.to(memory_format=memory_format).requires_grad_()
+    grads = [torch.autograd.grad(pool(x), x, torch.ones_like(pool(x)))[0] for pool in (swapped(plain), plain)]
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2)], ids=str)
+def test_under_vmap_it_is_the_plain_layer(pool):
+    x = torch.randn(4, 2, 6, 6)
+    ours = dropit.to_dropit(nn.Sequential(copy.deepcopy(pool), nn.Conv2d(2, 2, 1)), gamma=0, compress="lossless")[0]
+    grads = [torch.func.vmap(torch.func.grad(lambda x, f=f: f(x).square().sum()))(x) for f in (ours, pool)]
+    assert torch.equal(*grads)
