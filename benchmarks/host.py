@@ -150,7 +150,7 @@ def profile(name: str, way: str) -> None:
         with cProfile.Profile() as found:
             for _ in range(500):
                 step(model, x)
-    pstats.Stats(found).sort_stats("cumtime").print_stats(70)
+    pstats.Stats(found).sort_stats("cumtime").print_stats(60)
 
 
 def main() -> None:

@@ -224,7 +224,15 @@ def test_the_table_of_architectures_is_what_the_benchmark_prints(workplace):
 
 @pytest.mark.parametrize(
     ("benchmark", "columns", "rows"),
-    [("step", 8, 1), ("ops", 6, 36), ("error", 10, 2), ("budget", 8, 2), ("rate", 2, 20), ("calls", 5, 2)],
+    [
+        ("step", 8, 1),
+        ("ops", 6, 36),
+        ("error", 10, 2),
+        ("budget", 8, 2),
+        ("rate", 2, 20),
+        ("calls", 5, 2),
+        ("host", 8, 11),
+    ],
 )
 def test_the_benchmarks_run(workplace, benchmark, columns, rows):
     command = [sys.executable, f"benchmarks/{benchmark}.py", "--quick"]
