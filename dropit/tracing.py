@@ -22,7 +22,7 @@ def is_mapped(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` has elements that may be read and written: no compiler, transform, mode or subclass is in between."""
+    """Whether the elements of ``x`` may be worked on: no compiler, transform, mode or subclass is in between."""
     return type(x) in (Tensor, nn.Parameter) and not is_traced() and torch._C._len_torch_dispatch_stack() == 0
 
 
