@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from dropit.ops import native
+
 _ROW = 256  # elements that a digest has one number for
 
 
@@ -49,12 +51,13 @@ class Snapshot(NamedTuple):
     """What tells whether a tensor was changed: its version, its form and, on a CPU, a digest of its elements.
 
     The version misses what is changed through ``.data``, NumPy or DLPack, or received in place. The digest finds that,
-    for 0.1 ns an element. On a GPU comparing digests would have the host wait for the device, and there is none.
+    for 0.1 ns an element, without a C compiler 0.4. On a GPU comparing digests would have the host wait for the device,
+    and there is none.
     """
 
     version: int
     form: tuple[Any, ...]  # shape and strides
-    digest: Tensor | None
+    digest: Tensor | int | None
     scope: Scope
 
     @classmethod
@@ -113,8 +116,8 @@ def _weakly(hook: Any) -> Callable[[], Any]:
         return lambda: hook
 
 
-def _digest(x: Tensor) -> Tensor | None:
-    """A number for each 256 elements, their product with random weights: (ceil(n / 256),) float32 or float64."""
+def _digest(x: Tensor) -> Tensor | int | None:
+    """A number of all bytes, by C; or for each 256 elements their product with random weights, a float."""
     plain = type(x) is Tensor and x.device.type == "cpu" and x.layout is torch.strided
     if not plain or not x.is_floating_point() or x.is_neg():
         return None
@@ -122,6 +125,8 @@ def _digest(x: Tensor) -> Tensor | None:
     with torch.no_grad(), torch._C._DisableAutocast(), torch._C._DisableTorchDispatch():
         flat = x.detach()
         flat = (flat if flat.is_contiguous() else flat.permute(_outermost_first(flat))).reshape(-1)
+        if native.takes(flat):
+            return native.digest(flat)
         flat = flat.float() if flat.element_size() < 4 else flat
         weights, whole = _weights(flat.dtype), flat.numel() // _ROW * _ROW
         rows, rest = flat[:whole].view(-1, _ROW) @ weights, flat[whole:]
@@ -144,7 +149,9 @@ def _weights(dtype: torch.dtype) -> Tensor:
     return torch.rand(_ROW, dtype=dtype, generator=torch.Generator().manual_seed(0)) + 0.5
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
+def _same(a: Tensor | int, b: Tensor | int | None) -> bool:
     """Bit for bit, so that NaN equals itself."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return isinstance(a, int) and isinstance(b, int) and a == b
     integers = torch.int64 if a.dtype is torch.float64 else torch.int32
-    return b is not None and a.shape == b.shape and torch.equal(a.view(integers), b.view(integers))
+    return a.shape == b.shape and torch.equal(a.view(integers), b.view(integers))

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "dropit.packed": set(),
     "dropit.ops": {"dropit.packed", "dropit.tracing"},
     "dropit.strategies": {"dropit.packed", "dropit.ops"},
-    "dropit.snapshot": {"dropit.tracing"},
+    "dropit.snapshot": {"dropit.ops", "dropit.tracing"},
     "dropit.saved": {"dropit.packed", "dropit.ops", "dropit.tracing"},
     "dropit.policy": {"dropit.packed", "dropit.ops", "dropit.strategies", "dropit.tracing"},
     "dropit.rematerialize": {

@@ -87,6 +87,8 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Ten
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
     """As :func:`dropit.ops.reference.range_bitmask`, piece by piece: 0.25 ns, of the whole at once 0.4."""
+    if flat.dtype in _NATIVE and native.takes(flat):
+        return native.range_bitmask(flat, lower, upper)
     if flat.dtype not in (torch.float32, torch.float64):
         return reference.range_bitmask(flat, lower, upper)  # NumPy has no bfloat16, and is slow with float16
     bits = torch.empty(bits_nbytes(flat.numel()), dtype=torch.uint8, device=flat.device)
@@ -102,6 +104,8 @@ def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
 
 def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
     """As :func:`dropit.ops.reference.apply_bitmask`: 0.5 ns, by ``torch.where`` 2.3."""
+    if flat.element_size() in (2, 4) and native.takes(flat, bits):
+        return native.apply_bitmask(flat, bits)
     integer = reference.INTEGER_OF_SIZE[flat.element_size()]
     marks = torch.from_numpy(np.unpackbits(bits.numpy(), count=flat.numel(), bitorder="little"))
     ones = marks.view(torch.int8).neg_().to(integer)  # all bits of an element that is marked

@@ -1,4 +1,4 @@
-/* Quantization on a CPU: the same results as reference.py's, bit for bit, in one pass.
+/* The operations on a CPU: the same results as reference.py's, bit for bit, each in one pass.
 
 Compiled by native.py when first needed. Products and sums must not be contracted into one rounding, nor anything be
 reordered: -ffp-contract=off, no -ffast-math. */
@@ -160,6 +160,94 @@ INLINE void dequantize_groups(const void *codes, const uint16_t *scales, int bit
         dequantize_group(codes, widened(scales[start / GROUP]), bits, start, GROUP, kind, limit, dense);
     if (start < n)
         dequantize_group(codes, widened(scales[start / GROUP]), bits, start, (int)(n - start), kind, limit, dense);
+}
+
+/* A bit for each element that is neither at or below lower nor at or above upper. Infinity, which is no bound, must be
+handed as NaN. */
+INLINE void mark(const void *x, int kind, int64_t n, float lower, float upper, uint8_t *bits)
+{
+    const struct statistics none = {0, 0, 1, 1};
+    for (int64_t start = 0; start < n; start += GROUP) {
+        int count = n - start < GROUP ? (int)(n - start) : GROUP;
+        float group[GROUP] = {0};
+        uint8_t inside[GROUP], bytes[GROUP / 8];
+        if (count == GROUP)
+            load(group, x, start, GROUP, kind, &none);
+        else
+            load(group, x, start, count, kind, &none);
+        for (int i = 0; i < GROUP; i++)
+            inside[i] = !(group[i] <= lower) & !(group[i] >= upper) & (i < count);
+        for (int i = 0; i < GROUP / 8; i++) {
+            uint64_t eight; /* this product's highest byte has the lowest bit of each */
+            memcpy(&eight, inside + 8 * i, sizeof eight);
+            bytes[i] = (uint8_t)((eight * 0x0102040810204080u) >> 56);
+        }
+        memcpy(bits + start / 8, bytes, (size_t)(count + 7) / 8);
+    }
+}
+
+/* The elements that are marked, zeros elsewhere. */
+#define KEEP(TYPE, SIGNED, COUNT)                                                                                      \
+    for (int i = 0; i < (COUNT); i++)                                                                                  \
+        ((TYPE *)kept)[start + i] = ((const TYPE *)x)[start + i] & (TYPE)-(SIGNED)((word >> i) & 1);
+
+INLINE void keep(const void *x, int size, int64_t n, const uint8_t *bits, void *kept)
+{
+    for (int64_t start = 0; start < n; start += GROUP) {
+        int count = n - start < GROUP ? (int)(n - start) : GROUP;
+        uint32_t word = 0;
+        memcpy(&word, bits + start / 8, (size_t)(count + 7) / 8);
+        if (size == 2 && count == GROUP)
+            KEEP(uint16_t, int16_t, GROUP)
+        else if (size == 2)
+            KEEP(uint16_t, int16_t, count)
+        else if (count == GROUP)
+            KEEP(uint32_t, int32_t, GROUP)
+        else
+            KEEP(uint32_t, int32_t, count)
+    }
+}
+
+void dropit_keep(const void *x, int size, int64_t n, const uint8_t *bits, void *kept)
+{
+    if (size == 2)
+        keep(x, 2, n, bits, kept);
+    else
+        keep(x, 4, n, bits, kept);
+}
+
+void dropit_mark(const void *x, int kind, int64_t n, float lower, float upper, uint8_t *bits)
+{
+    if (kind == FLOAT32)
+        mark(x, FLOAT32, n, lower, upper, bits);
+    else
+        mark(x, BFLOAT16, n, lower, upper, bits);
+}
+
+INLINE uint64_t mixed(uint64_t x)
+{
+    x = (x + 1) * 0x9E3779B97F4A7C15u; /* which carries what changed upwards, and what follows downwards */
+    return x ^ x >> 32;
+}
+
+/* A number that another content of the memory would hardly have: eight chains, each of every eighth word. */
+uint64_t dropit_digest(const void *x, int64_t nbytes)
+{
+    enum { CHAINS = 8 };
+    uint64_t chains[CHAINS], words[CHAINS] = {0}, digest = (uint64_t)nbytes;
+    int64_t start = 0, whole = nbytes - nbytes % (int64_t)sizeof words;
+    for (int i = 0; i < CHAINS; i++)
+        chains[i] = (uint64_t)i;
+    for (; start < whole; start += sizeof words) {
+        memcpy(words, (const char *)x + start, sizeof words);
+        for (int i = 0; i < CHAINS; i++)
+            chains[i] = mixed(chains[i] ^ words[i]);
+    }
+    memset(words, 0, sizeof words);
+    memcpy(words, (const char *)x + whole, (size_t)(nbytes - whole));
+    for (int i = 0; i < CHAINS; i++)
+        digest = mixed(digest ^ mixed(chains[i] ^ words[i]));
+    return digest;
 }
 
 /* Each call has its own constants, so that the compiler makes a loop of each kind. */

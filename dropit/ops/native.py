@@ -1,4 +1,4 @@
-"""Quantization on a CPU by C, where there is a compiler: the same results as ``reference``, bit for bit, in one pass.
+"""The operations on a CPU by C, where there is a compiler: the same results as ``reference``, bit for bit, in one pass.
 
 ``native.c`` is compiled for this processor when a tensor is first worth it, in a second, and kept in the user's cache
 directory (``XDG_CACHE_HOME``, ``~/.cache``). Where that fails, or with ``DROPIT_NATIVE=0`` in the environment,
@@ -11,6 +11,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dropit.ops import reference
-from dropit.packed import SCALE_GROUP
+from dropit.packed import SCALE_GROUP, bits_nbytes
 from dropit.tracing import is_plain
 
 _SOURCE = Path(__file__).with_name("native.c")
@@ -76,17 +77,42 @@ def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Ten
     return dense
 
 
+def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
+    """As :func:`dropit.ops.reference.range_bitmask`, of float32 or bfloat16."""
+    n, kind = flat.numel(), _KINDS[flat.dtype]
+    bits = torch.empty(bits_nbytes(n), dtype=torch.uint8, device=flat.device)
+    lower = reference.rounded(lower, flat.dtype)
+    upper = reference.rounded(upper, flat.dtype) if upper < math.inf else math.nan  # above which nothing is
+    _function("mark")(flat.data_ptr(), kind, n, lower, upper, bits.data_ptr())
+    return bits
+
+
+def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
+    """As :func:`dropit.ops.reference.apply_bitmask`, of elements of 2 or 4 bytes."""
+    kept = torch.empty_like(flat)
+    _function("keep")(flat.data_ptr(), flat.element_size(), flat.numel(), bits.data_ptr(), kept.data_ptr())
+    return kept
+
+
+def digest(flat: Tensor) -> int:
+    """A number that tells whether any of the bytes of ``flat`` have changed."""
+    return int(_function("digest")(flat.data_ptr(), flat.nbytes))
+
+
 @functools.cache
 def _function(name: str) -> ctypes._NamedFuncPointer:
     address, integer, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     types = {
         "quantize": [address, integer, size, address, address, size, size, integer, number, number, address, address],
         "dequantize": [address, address, integer, size, integer, number, address],
+        "mark": [address, integer, size, number, number, address],
+        "keep": [address, integer, size, address, address],
+        "digest": [address, size],
     }
     found = library()
     assert found is not None
     function = getattr(found, f"dropit_{name}")
-    function.argtypes, function.restype = types[name], None
+    function.argtypes, function.restype = types[name], ctypes.c_uint64 if name == "digest" else None
     return function  # type: ignore[no-any-return]
 
 

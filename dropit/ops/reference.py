@@ -5,6 +5,7 @@ Times are ns per element of a float32 tensor of 4 M elements, torch 2.15 on two 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -417,6 +418,12 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
     """(ceil(n / 8),) uint8 -> (n,) bool."""
     return unpack_subbyte(bits, 2, n).to(torch.bool)
+
+
+@functools.cache
+def rounded(bound: float, dtype: torch.dtype) -> float:
+    """As PyTorch rounds the bounds that it clamps to or compares with."""
+    return torch.tensor(bound, dtype=dtype, device="cpu").item()
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:

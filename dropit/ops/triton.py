@@ -664,13 +664,7 @@ def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
     """As :func:`dropit.ops.reference.range_bitmask`."""
     if flat.dtype is torch.float64:
         return reference.range_bitmask(flat, lower, upper)  # the bounds reach a kernel in single precision
-    return _range_bitmask_op(flat, _rounded(lower, flat.dtype), _rounded(upper, flat.dtype))  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _rounded(bound: float, dtype: torch.dtype) -> float:
-    """As PyTorch rounds the bounds that it clamps to."""
-    return torch.tensor(bound, dtype=dtype, device="cpu").item()
+    return _range_bitmask_op(flat, reference.rounded(lower, flat.dtype), reference.rounded(upper, flat.dtype))  # type: ignore[no-any-return]
 
 
 def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:

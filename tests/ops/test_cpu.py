@@ -1,5 +1,6 @@
 """NumPy's way gives what the reference gives, bit for bit."""
 
+import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -261,6 +262,34 @@ def test_scales_of_all_sizes(compiled, dtype, bits):
     for to in (torch.float32, torch.bfloat16):
         dense, expected = (way.dequantize(codes, scales, to, x.numel()) for way in (cpu, reference))
         assert torch.equal(bits_of(dense), bits_of(expected))
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 31, 32, 33, 999, 4096 + 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_marks_and_what_is_marked(compiled, dtype, n):
+    rng = np.random.default_rng(n)
+    for lower, upper in ((0.0, math.inf), (0.0, 6.0), (-1.0, 1.0), (-math.inf, math.inf), (0.1, 0.7)):
+        for _ in range(5):
+            flat, grad = awkward(rng, n, dtype), awkward(rng, n, dtype)
+            bits = cpu.range_bitmask(flat, lower, upper)
+            assert torch.equal(bits, reference.range_bitmask(flat, lower, upper))
+            kept, expected = cpu.apply_bitmask(grad, bits), reference.apply_bitmask(grad, bits)
+            assert torch.equal(bits_of(kept), bits_of(expected))
+
+
+@pytest.mark.parametrize("n", [1, 8, 63, 64, 65, 1000])
+def test_a_digest_tells_of_any_change_of_a_bit(compiled, n):
+    x = torch.randint(256, (n,), dtype=torch.uint8)
+    digests = {native.digest(x)}
+    for place in range(n):
+        for bit in range(8):
+            changed = x.clone()
+            changed[place] ^= 1 << bit
+            digests.add(native.digest(changed))
+    swapped = x.roll(1) if n > 1 else x + 1
+    assert len(digests) == 8 * n + 1
+    assert native.digest(x) == native.digest(x.clone())
+    assert torch.equal(swapped, x) or native.digest(swapped) != native.digest(x)
 
 
 @pytest.mark.parametrize("reason", ["DROPIT_NATIVE=0", "CC=/nowhere/cc", "CC=false", "XDG_CACHE_HOME=/dev/null"])
