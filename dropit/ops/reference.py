@@ -160,10 +160,14 @@ def _unpack_channels(values: Tensor, positions: Tensor, layout: Layout) -> Tenso
 def _nonzero(mask: Tensor, count: int) -> Tensor:
     """Where (n,) bool is set: (count,) int64. 1.8 ns; indexing by the mask would look for it again."""
     # 3.0 ns, but a shape known beforehand, for which a GPU need not be waited for.
-    unknown = mask.is_meta or type(mask) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
-    if torch.compiler.is_compiling() or unknown or (mask.is_cuda and _HAS_STATIC_ON_GPU):
+    if torch.compiler.is_compiling() or mask.is_meta or (mask.is_cuda and _HAS_STATIC_ON_GPU) or _is_fake(mask):
         return torch.nonzero_static(mask, size=count).squeeze(1)
     return mask.nonzero().squeeze(1)
+
+
+def _is_fake(x: Tensor) -> bool:
+    """Whether a mode or a class of tensors is in between, which may know shapes alone."""
+    return type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _pack_offsets(mask: Tensor, kept: Tensor) -> Tensor:
