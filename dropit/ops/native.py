@@ -124,21 +124,27 @@ def library() -> ctypes.CDLL | None:
     if os.environ.get("DROPIT_NATIVE") == "0" or compiler is None or sys.byteorder != "little":
         return None
     try:
-        _loaded = ctypes.CDLL(str(_compiled(compiler)))
+        with tempfile.TemporaryDirectory(prefix="dropit", ignore_cleanup_errors=True) as spare:
+            _loaded = ctypes.CDLL(str(_compiled(compiler, _directory() or Path(spare))))
     except (OSError, subprocess.SubprocessError) as error:
         _log.debug("native.c was not compiled, and PyTorch quantizes on the CPU: %s", error)
     return _loaded
 
 
-def _compiled(compiler: str) -> Path:
-    """Compile it, unless that was done before for such a processor. Returns the library's path."""
+def _directory() -> Path | None:
+    """Where libraries are kept; None where that cannot be written to."""
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dropit")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # the latter of a user without a home
+        return None
+    return directory if os.access(directory, os.W_OK) else None
+
+
+def _compiled(compiler: str, directory: Path) -> Path:
+    """Compile it into ``directory``, unless that was done before for such a processor. Returns the library's path."""
     parts = (_SOURCE.read_text(encoding="utf-8"), compiler, *_FLAGS, platform.machine(), _processor())
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=12).hexdigest()
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "dropit")
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        directory = Path(tempfile.mkdtemp(prefix="dropit"))
     path = directory / f"native-{name}.so"
     if path.exists():
         return path
