@@ -215,13 +215,10 @@ def _table(arms: dict[str, dict[int, Any]]) -> str:
         cache = _mean(found, "dropit/cache_mb")
         if arm != PLAIN:
             saved = f" ({100 * (cache / _mean(found, 'dropit/dense_mb') - 1):+.0f} %)"
-        speed = "train/samples_per_sec"
-        ratios = [_final(plain[seed], speed) / _final(found[seed], speed) for seed in common]
-        ratio = f"{sum(ratios) / len(ratios):.2f}" if ratios else ""
         loss = f"{_mean(found, 'train/loss'):.3f}"
         accuracy = f"{100 * _mean(found, 'val/acc1'):.2f}"
-        rows.append([arm, str(len(found)), accuracy, difference, loss, f"{cache:.1f}{saved}", ratio])
-    header = ["arm", "seeds", "acc1, %", "paired difference", "train loss, last epoch", "cache, MiB", "time of a step"]
+        rows.append([arm, str(len(found)), accuracy, difference, loss, f"{cache:.1f}{saved}"])
+    header = ["arm", "seeds", "acc1, %", "paired difference", "train loss, last epoch", "cache, MiB"]
     return table(header, rows)
 
 
