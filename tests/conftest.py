@@ -11,6 +11,8 @@ from tests import processes
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when first imported, which PyTorch itself may do
 
+os.environ.pop("PYTEST_ADDOPTS", None)  # are for this run, and not for those that tests start
+
 TESTS = Path(__file__).parent
 processes.guard_session()
 # The workers of a data loader are forks by default before Python 3.14, of a process in which OpenMP's threads have run.
