@@ -376,7 +376,8 @@ def _in_graph(
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
         affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
-    return saver.publish(output, saved.map("affine", _scaled, *affine, in_place=_scale))
+    scaled, scaled_in_place = partial(_scaled, False), partial(_scaled, True)
+    return saver.publish(output, saved.map("affine", scaled, *affine, in_place=scaled_in_place))
 
 
 def _save_normalized(
@@ -414,19 +415,15 @@ def _samplewise(x: Tensor, statistic: Tensor) -> int:
     return x.numel() // max(statistic.numel(), 1) if x.is_contiguous() else 0
 
 
-def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if weight is None or bias is None:
-        return x + bias if bias is not None else x if weight is None else x * weight
-    return torch.addcmul(bias, x, weight)
-
-
-def _scale(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """The same in the memory of ``x``, where it has the dtype."""
-    if any(each is not None and each.dtype is not x.dtype for each in (weight, bias)):
-        return _scaled(x, weight, bias)
-    if weight is None or bias is None:
-        return x.add_(bias) if bias is not None else x if weight is None else x.mul_(weight)
-    return torch.addcmul(bias, x, weight, out=x)
+def _scaled(in_place: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x * weight + bias; ``in_place``: in the memory of ``x``, where it has the dtype."""
+    of_dtype = all(each is None or each.dtype is x.dtype for each in (weight, bias))
+    out = x if in_place and of_dtype else None
+    if weight is not None and bias is not None:
+        return torch.addcmul(bias, x, weight, out=out)
+    if weight is not None:
+        return torch.mul(x, weight, out=out)
+    return x if bias is None else torch.add(x, bias, out=out)
 
 
 # Operators that autocast on a GPU computes in float32, which of rms_norm is so from PyTorch 2.12 on.

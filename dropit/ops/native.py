@@ -42,7 +42,7 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
     for each in (x, *others):
         if each is not None and not (is_plain(each) and each.is_contiguous()):
             return False
-    return (_loaded is not None or x.numel() >= _WORTH) and library() is not None
+    return (_loaded is not None or x.numel() >= _WORTH) and shared_object() is not None
 
 
 def quantize(x: Tensor, bits: int, statistics: reference.Statistics | None = None) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def _function(name: str) -> ctypes._NamedFuncPointer:
         "keep": [address, integer, size, address, address],
         "digest": [address, size],
     }
-    found = library()
+    found = shared_object()
     assert found is not None
     function = getattr(found, f"dropit_{name}")
     function.argtypes, function.restype = types[name], ctypes.c_uint64 if name == "digest" else None
@@ -117,7 +117,7 @@ def _function(name: str) -> ctypes._NamedFuncPointer:
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
+def shared_object() -> ctypes.CDLL | None:
     """What was compiled of ``native.c``; None where it cannot be, or is not to be."""
     global _loaded
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")

@@ -219,7 +219,7 @@ def test_quantizing_piece_by_piece_changes_no_bit(dtype):
 @pytest.fixture
 def compiled(monkeypatch):
     """Has tensors of any size quantized by C."""
-    if native.library() is None:
+    if native.shared_object() is None:
         pytest.skip("there is no C compiler")
     monkeypatch.setattr(native, "_WORTH", 0)
 
