@@ -78,6 +78,30 @@ def is_dense_in_memory(x: Tensor) -> bool:
     return x.is_contiguous() or x.permute(memory_order(x)).is_contiguous()
 
 
+def index_in(x: Tensor, part: Tensor) -> tuple[int | slice, ...] | None:
+    """Return the index that gives ``part``, a view of ``x``, which is contiguous; None if none does.
+
+    Of integers, and slices without steps.
+    """
+    if not x.is_contiguous():
+        return None
+    index: list[int | slice] = []
+    rest, dim = int(part.storage_offset()) - int(x.storage_offset()), 0
+    for stride in x.stride():
+        start, rest = divmod(rest, stride)
+        if dim < part.dim() and part.stride(dim) == stride:
+            index.append(slice(start, start + part.shape[dim]))
+            dim += 1
+        else:
+            index.append(start)
+    try:
+        found = x.detach()[tuple(index)]
+    except IndexError:
+        return None
+    form = (part.shape, part.stride(), part.storage_offset())
+    return tuple(index) if (found.shape, found.stride(), found.storage_offset()) == form else None
+
+
 def packed_nbytes(n: int, kept: int, dtype: torch.dtype, per_block: int | None = None) -> int:
     """Bytes that ``kept`` of ``n`` elements take when packed with values in ``dtype``."""
     return values_nbytes(kept, dtype) + (positions_nbytes(n, kept, per_block) if kept < n else 0)

@@ -28,11 +28,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropit import traced
-from dropit.packed import Layout, Packed, is_dense_in_memory, layout_of, unflatten
+from dropit.packed import Layout, Packed, index_in, is_dense_in_memory, layout_of, unflatten
 from dropit.saved import Saved, cast
 from dropit.snapshot import Snapshot
 from dropit.tracing import is_compiled, is_traced
@@ -50,9 +51,12 @@ class Published(NamedTuple):
         function: Callable[..., Tensor],
         *tensors: Tensor | None,
         in_place: Callable[..., Tensor] | None = None,
+        pointwise: bool = False,
     ) -> Published:
         """Return what is published for ``function`` of the tensor: :meth:`dropit.saved.Saved.map`."""
-        return self._replace(saved=self.saved and self.saved.map(name, function, *tensors, in_place=in_place))
+        if self.saved is None:
+            return self
+        return self._replace(saved=self.saved.map(name, function, *tensors, in_place=in_place, pointwise=pointwise))
 
     def out_of_reach(self) -> Published:
         """Return the same without what is saved."""
@@ -63,6 +67,26 @@ class _Publication(NamedTuple):
     published: Published
     snapshot: Snapshot  # of the tensor that it is for
     versions: tuple[int, ...]  # of the saved tensors
+
+    def now(self) -> Published:
+        """Return what was published, without what is saved where that has changed or is out of reach."""
+        reachable = self.versions == _versions(self.published.saved) and self.snapshot.scope.is_current()
+        return self.published if reachable else self.published.out_of_reach()
+
+    def of_part(self, x: Tensor, source: Tensor) -> Published | None:
+        """Return what is published for ``x``, a part of the tensor: where that is computed point by point.
+
+        On a CPU it is computed here and compared, in place of the digest, which is of the whole.
+        """
+        published, index = self.now(), index_in(source, x)
+        saved = published.saved
+        if saved is None or not saved.recipe.pointwise or index is None or self.snapshot.version != source._version:
+            return None
+        saved = saved.part(index)
+        with torch.no_grad():
+            if x.device.type == "cpu" and not torch.equal(saved.restore(), x):
+                return None
+        return published._replace(saved=saved)
 
 
 class _SharedInput(NamedTuple):
@@ -105,13 +129,15 @@ class Memo:
         base = x if x._base is None else x._base
         for source in (x, base):
             found: _Publication | None = self._publications.get(source)
-            if found is None or not found.snapshot.matches(source):
+            if found is None:
                 continue
-            published: Published = found.published
-            if found.versions != _versions(published.saved) or not found.snapshot.scope.is_current():
-                published = published.out_of_reach()
+            if x.numel() < source.numel():
+                return found.of_part(x, source)
+            if not found.snapshot.matches(source):
+                continue
+            published = found.now()
             if source is x:  # which may be in another dtype than what weights in float32 make of a restored tensor
-                return published.map("", partial(cast, x.dtype))
+                return published.map("", partial(cast, x.dtype), pointwise=True)
             if x.numel() == source.numel() and is_dense_in_memory(x) and is_dense_in_memory(source):
                 return published.map("view", partial(_viewed, layout_of(source), layout_of(x)))
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dropit import ops
-from dropit.packed import Layout, Packed
+from dropit.packed import Layout, Packed, keep_dense
 from dropit.tracing import is_mapped, is_traced
 
 
@@ -22,12 +22,18 @@ class _Step(NamedTuple):
     tensors: int  # how many of the saved tensors it takes
     in_place: Callable[..., Tensor] | None = None  # the same, which may change x
     is_new: bool = True  # whether x is in memory of its own after the first step
+    operand: Recipe | None = None  # what computes of the step's tensors the one that the function takes
 
 
 class Recipe(NamedTuple):
-    """How to compute a dense tensor from saved ones; holds none of them, so that a node of the graph may keep it."""
+    """How to compute a dense tensor from saved ones; holds none of them, so that a node of the graph may keep it.
+
+    ``pointwise``: whether it computes each element exactly, from those at its place in tensors that are saved as they
+    are and may be broadcast.
+    """
 
     steps: tuple[_Step, ...]
+    pointwise: bool = False
 
     def restore(self, *tensors: Tensor | None) -> Tensor:
         """Compute the dense tensor, or close to it, from all saved tensors in order."""
@@ -36,9 +42,18 @@ class Recipe(NamedTuple):
         may_change = first.is_new and not torch.is_grad_enabled() and not is_traced() and not is_mapped(x)
         for step in others:
             function = step.in_place if may_change and step.in_place is not None else step.function
-            x = function(x, *tensors[taken : taken + step.tensors])
+            given = tensors[taken : taken + step.tensors]
+            x = function(x, *given) if step.operand is None else function(x, step.operand.restore(*given))
             taken += step.tensors
         return x
+
+    def part(self, index: tuple[int | slice, ...]) -> Recipe:
+        """Return what computes ``x[index]`` alone, and no other element of x; only of one that is ``pointwise``."""
+        assert self.pointwise
+        first, *others = self.steps
+        first = first._replace(function=partial(_part_of, index, first.function))
+        steps = (step._replace(operand=step.operand and step.operand.part(index)) for step in others)
+        return self._replace(steps=(first, *steps))
 
     def __repr__(self) -> str:
         return " -> ".join(step.name for step in self.steps if step.name)
@@ -57,27 +72,46 @@ class Saved(NamedTuple):
         step = _Step(f"{_encoding(packed)} {name}", unpack, 3, is_new=not packed.is_dense)
         return cls(Recipe((step,)), (packed.values, packed.positions, packed.scales))
 
+    @classmethod
+    def exactly(cls, x: Tensor) -> Saved:
+        """Return what is saved of a tensor that is kept as it is."""
+        recipe, tensors = cls.of(keep_dense(x))
+        return cls(recipe._replace(pointwise=True), tensors)
+
     def map(
         self,
         name: str,
         function: Callable[..., Tensor],
         *tensors: Tensor | None,
         in_place: Callable[..., Tensor] | None = None,
+        pointwise: bool = False,
     ) -> Saved:
         """Return what gives ``function(x, *tensors)`` of the dense tensor x.
 
         ``in_place``: the same function, that may use the memory of x, which on a CPU is faster than new memory.
+        ``pointwise``: whether it takes x alone, element by element.
         """
         steps = (*self.recipe.steps, _Step(name, function, len(tensors), in_place))
-        return Saved(Recipe(steps), (*self.tensors, *tensors))
+        return Saved(Recipe(steps, self.recipe.pointwise and pointwise), (*self.tensors, *tensors))
 
-    def combine(self, name: str, function: Callable[[Tensor, Tensor], Tensor], other: Saved) -> Saved:
-        """Return what gives ``function(x, y)`` of the dense tensors x and y; ``other`` restores y."""
-        return self.map(name, partial(_combined, function, other.recipe), *other.tensors)
+    def combine(
+        self, name: str, function: Callable[[Tensor, Tensor], Tensor], other: Saved, *, pointwise: bool = False
+    ) -> Saved:
+        """Return what gives ``function(x, y)`` of the dense tensors x and y; ``other`` restores y.
+
+        ``pointwise``: whether it is one of elements, that broadcasts.
+        """
+        steps = (*self.recipe.steps, _Step(name, function, len(other.tensors), operand=other.recipe))
+        pointwise = pointwise and self.recipe.pointwise and other.recipe.pointwise
+        return Saved(Recipe(steps, pointwise), (*self.tensors, *other.tensors))
+
+    def part(self, index: tuple[int | slice, ...]) -> Saved:
+        """Return what gives ``x[index]`` of the dense tensor x: :meth:`Recipe.part`."""
+        return self._replace(recipe=self.recipe.part(index))
 
     def cast(self, dtype: torch.dtype) -> Saved:
         """Return what gives the dense tensor in ``dtype``."""
-        return self.map(str(dtype).removeprefix("torch."), partial(cast, dtype))
+        return self.map(str(dtype).removeprefix("torch."), partial(cast, dtype), pointwise=True)
 
     def restore(self) -> Tensor:
         """Compute the dense tensor, or close to it."""
@@ -101,10 +135,11 @@ def _unpack(layout: Layout, values: Tensor, positions: Tensor | None, scales: Te
     return ops.unpack(Packed(values, positions, scales, layout))
 
 
-def _combined(
-    function: Callable[[Tensor, Tensor], Tensor], recipe: Recipe, x: Tensor, *tensors: Tensor | None
-) -> Tensor:
-    return function(x, recipe.restore(*tensors))
+def _part_of(index: tuple[int | slice, ...], function: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """``x[index]`` of what x is broadcast to, which the index is one of."""
+    x = function(*tensors)
+    own = zip(index[len(index) - x.dim() :], x.shape, strict=True)
+    return x[tuple(place if size > 1 else 0 if isinstance(place, int) else slice(None) for place, size in own)]
 
 
 def cast(dtype: torch.dtype, x: Tensor) -> Tensor:

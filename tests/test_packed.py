@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from dropit.packed import Layout, Packed, dense_nbytes, flatten, keep_dense, memory_order, packed_nbytes, unflatten
+from dropit.packed import (
+    Layout,
+    Packed,
+    dense_nbytes,
+    flatten,
+    index_in,
+    keep_dense,
+    memory_order,
+    packed_nbytes,
+    unflatten,
+)
 
 LAYOUTS = {
     "contiguous": torch.arange(120.0).view(2, 3, 4, 5),
@@ -61,3 +71,27 @@ def test_the_arithmetic_of_more_than_two_to_the_31_elements():
     assert dense_nbytes(x) == 4 * n
     assert packed_nbytes(n, n // 10, torch.float32) == 5 * (n // 10) + n // 128  # offsets
     assert packed_nbytes(n, n // 2, torch.float32) == 2 * n + n // 8  # bits
+
+
+PARTS = {
+    "an integer": lambda x: x[1],
+    "an inner one": lambda x: x[:, :, 2],
+    "slices": lambda x: x[1:, :2, 1:3],
+    "both": lambda x: x[0, 1:, 3, 2:4],
+    "of chunks": lambda x: x.chunk(2, dim=1)[1],
+    "all": lambda x: x,
+    "one element": lambda x: x[1, 2, 3, 4],
+}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_the_index_of_a_part(part):
+    x = torch.arange(240.0)[120:].view(2, 3, 4, 5)
+    assert torch.equal(x[index_in(x, part(x))], part(x))
+
+
+@pytest.mark.parametrize("part", [lambda x: x[:, ::2], lambda x: x.mT, lambda x: x.flatten(1)[:, 2:30]])
+def test_a_part_that_no_index_gives(part):
+    x = torch.arange(120.0).view(2, 3, 4, 5)
+    assert index_in(x, part(x)) is None
+    assert index_in(x.mT, x.mT[1]) is None

@@ -40,3 +40,19 @@ def test_a_step_changes_what_is_restored_in_place_and_never_what_is_saved(dense)
     assert torch.equal(first, second)
     assert all(b is None or torch.equal(a, b) for a, b in zip(saved.tensors, before, strict=True))
     assert torch.equal(first, saved.restore())  # with gradients on, where nothing is changed
+
+
+@pytest.mark.parametrize("index", [(1,), (slice(None), 2), (slice(1, 3), slice(None), 4), (0, 0, slice(2, 5))])
+def test_a_part_of_what_is_computed_point_by_point_from_parts(index):
+    x, y = torch.randn(3, 1, 6), torch.randn(5, 1)
+    saved = Saved.exactly(x).combine("mul", torch.mul, Saved.exactly(y), pointwise=True)
+    saved = saved.map("exp", torch.exp, pointwise=True)
+    index += (slice(None),) * (3 - len(index))
+    assert torch.equal(saved.part(index).restore(), saved.restore()[index])
+    assert not saved.map("flip", torch.flip).recipe.pointwise
+
+
+def test_what_is_rounded_is_not_computed_point_by_point():
+    codes, exact = Saved.of(quantize(torch.randn(64), 8)), Saved.exactly(torch.randn(64))
+    assert not codes.map("exp", torch.exp, pointwise=True).recipe.pointwise
+    assert not exact.combine("mul", torch.mul, codes, pointwise=True).recipe.pointwise

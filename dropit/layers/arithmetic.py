@@ -24,7 +24,6 @@ from dropit.layers.function import (
     undefined_gradients_as_none,
 )
 from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
-from dropit.packed import keep_dense
 from dropit.saved import Recipe, Saved
 
 _SMALL = 256  # elements that are not worth a scale
@@ -121,7 +120,7 @@ def _multiply(
     if not outer and all(as_it_is or not wanted for as_it_is, wanted in zip(exact, needed, strict=True)):
         return NotImplemented  # there is nothing to gain
     left, right = (
-        (Saved.of(keep_dense(x)) if as_it_is else call.saver.save_whole(x, call.role(name))) if wanted else None
+        (Saved.exactly(x) if as_it_is else call.saver.save_whole(x, call.role(name))) if wanted else None
         for x, wanted, as_it_is, name in zip((a, b), needed, exact, ("a", "b"), strict=True)
     )
     recipes, tensors = (left and left.recipe, right and right.recipe), () if left is None else left.tensors
@@ -132,7 +131,7 @@ def _multiply(
     # A product of matrices takes longer to compute than its codes to read.
     if left is None or right is None or c is not None or not elementwise:
         return output
-    return call.saver.publish(output, left.combine(product.name, product.function, right))
+    return call.saver.publish(output, left.combine(product.name, product.function, right, pointwise=True))
 
 
 def _is_exact(x: Tensor, size: int = 0) -> bool:
@@ -347,6 +346,20 @@ def _square(call: Call, input: Any, **more: Any) -> Any:
     return (
         NotImplemented if more else apply_unary(call, Unary("square", torch.square, partial(_pow_gradient, 2)), input)
     )
+
+
+@stands_in_for("exp")
+def _exp(call: Call, input: Any, **more: Any) -> Any:
+    """An exponential must be exact: all else of a group in few bits is lost beside one large element."""
+    published = call.saver.memo.published(input) if not more and wants_gradient(input) else None
+    if published is None or published.saved is None or not published.saved.recipe.pointwise or _is_exact(input):
+        return NotImplemented
+    with torch.no_grad():
+        output = torch.exp(input.detach())
+    exp = Unary("exp", torch.exp, lambda grad, y, _: grad * y, from_output=True)
+    saved = published.saved.cast(output.dtype).map("exp", torch.exp, pointwise=True)
+    output = apply(DropITUnaryFunction, input, output, exp, anchor(input), saved.recipe, *saved.tensors)
+    return call.saver.publish(output, saved)
 
 
 @stands_in_for("glu")

@@ -17,6 +17,14 @@ def parameter(*shape):
     return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(5)))
 
 
+def recurrence(decay, x):
+    """state = decay * state + x, step by step, as the reference implementations of state-space models have it."""
+    state = torch.zeros_like(x[:, 0])
+    for step in range(x.shape[1]):
+        state = decay[:, step] * state + x[:, step]
+    return state
+
+
 # By name: a function of two tensors (8, 16, 32) that require a gradient, and of a parameter (32,).
 CALLS = {
     "mul": lambda x, y, w: x * y,
@@ -44,6 +52,9 @@ CALLS = {
     "einsum": lambda x, y, w: torch.einsum("bik,bjk->bij", x, y),
     "einsum, summed": lambda x, y, w: torch.einsum("bik, ikj -> bij", x, y.permute(1, 2, 0)),
     "pow": lambda x, y, w: x**2 + y.pow(3),
+    "exp": lambda x, y, w: torch.exp(-x.mean(dim=-1, keepdim=True).square() * w.square()) * y,
+    "recurrence": lambda x, y, w: recurrence(torch.exp(-x.square().mean(dim=-1, keepdim=True) * w), y),
+    "exp, saved": lambda x, y, w: torch.exp(x) + y.exp(),
     "square": lambda x, y, w: x.square() + torch.square(y),
     "softplus": lambda x, y, w: F.softplus(x + y),
     "glu": lambda x, y, w: F.glu(x, dim=1) + F.glu(y, 1),
@@ -155,7 +166,7 @@ def test_norms_of_matrices_are_pytorchs(order):
     assert (grads[1] - grads[0]).norm() < 1e-3 * grads[0].norm()
 
 
-LEFT = ("addcmul, deprecated", "addmm, deprecated")  # to PyTorch
+LEFT = ("addcmul, deprecated", "addmm, deprecated", "exp, saved")  # to PyTorch
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "div" and name not in LEFT])
@@ -241,6 +252,49 @@ def test_a_hand_written_norm_saves_its_input_once():
     torch.manual_seed(0)
     model, x = dropit.to_dropit(RMSNorm(), gamma=0.0, compress="int8"), torch.randn(64, 64, requires_grad=True)
     assert held(model, x).total_bytes == x.numel() * 34 // 32 + 64 * 4  # and 1 / deviation of each row
+
+
+class Decaying(nn.Module):
+    """A recurrence whose decays are exponentials of an outer product; ``between(decays)`` is called before the loop."""
+
+    def __init__(self, between=lambda decays: decays):
+        super().__init__()
+        self.step, self.input, self.rate, self.between = nn.Linear(64, 16), nn.Linear(64, 16), parameter(32), between
+
+    def forward(self, x):
+        rate = -torch.exp(self.rate)
+        decays = torch.exp(F.softplus(self.step(x))[..., None] * rate)  # (batch, steps, 16, 32)
+        return recurrence(self.between(decays), self.input(x)[..., None].expand_as(decays)).sum()
+
+
+def test_decays_of_a_recurrence_are_computed_from_what_they_are_a_product_of():
+    torch.manual_seed(0)
+    plain, x = Decaying(), torch.randn(4, 20, 64)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int8")
+    meter = held(ours, x)
+    assert meter.by_operator()["DropITProduct"] == 4 * 19 * 16 * 32 * 34 // 32  # the states but for the first, 0
+    assert meter.total_bytes < 0.2 * held(plain, x).total_bytes
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int16")
+    for (name, exact), near in zip(step(plain, x)[1].items(), step(ours, x)[1].values(), strict=True):
+        assert (near - exact).norm() <= 1e-3 * exact.norm(), name
+
+
+def scaled_by_data(decays):
+    decays.data.mul_(0.5)
+    return decays
+
+
+@pytest.mark.parametrize("between", [scaled_by_data, lambda decays: decays.clone().mul_(0.5)], ids=["data", "copy"])
+def test_decays_that_were_changed_are_saved_as_they_are_read(between):
+    torch.manual_seed(0)
+    plain, x = Decaying(between), torch.randn(4, 20, 64)
+    ours = dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int16")
+    ours(x).backward()
+    if between is scaled_by_data:  # which plain PyTorch does not notice
+        plain.between = lambda decays: decays + (0.5 * decays - decays).detach()
+    plain(x).backward()
+    for exact, near in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert (near.grad - exact.grad).norm() <= 1e-3 * exact.grad.norm()
 
 
 def test_it_is_left_alone_in_evaluation_without_gradients_and_under_torch_func():
