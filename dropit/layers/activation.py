@@ -80,6 +80,11 @@ def _new_gelu(x: Tensor, inplace: bool) -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
+def _bloom_gelu(x: Tensor, inplace: bool) -> Tensor:
+    """GELU by tanh, with the operations of transformers' BloomGelu in their order."""
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+
 def _gelu_tanh_backward(grad: Tensor, x: Tensor) -> Tensor:
     return _aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
 
@@ -92,6 +97,7 @@ CURVES: dict[str, Curve] = {
     "gelu": Curve(lambda x, _: F.gelu(x), _aten.gelu_backward, _GELU_FLOOR),
     "gelu_tanh": Curve(lambda x, _: F.gelu(x, approximate="tanh"), _gelu_tanh_backward, _GELU_FLOOR),
     "new_gelu": Curve(_new_gelu, _gelu_tanh_backward, _GELU_FLOOR),
+    "bloom_gelu": Curve(_bloom_gelu, _gelu_tanh_backward, _GELU_FLOOR),
     "silu": Curve(lambda x, inplace: F.silu(x, inplace), _aten.silu_backward, _SILU_FLOOR),
     "quick_gelu": Curve(
         lambda x, _: x * torch.sigmoid(1.702 * x),

@@ -24,6 +24,7 @@ CALLERS: dict[Callable[[type[nn.Module]], bool], type[DropITLayer]] = {}
 _LAZY = {
     "transformers.pytorch_utils": "dropit.layers.huggingface",
     "transformers.activations": "dropit.layers.huggingface",
+    "transformers.models.bloom.modeling_bloom": "dropit.layers.bloom",
     "timm.layers.activations": "dropit.layers.timm",
 }
 # What DropIT shows of a layer, where the layer's class has nothing of that name itself.
