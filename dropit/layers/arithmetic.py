@@ -22,6 +22,7 @@ from dropit.layers.function import (
     first_order_only,
     none_for_none,
     undefined_gradients_as_none,
+    wanted_gradients,
 )
 from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
 from dropit.saved import Recipe, Saved
@@ -76,13 +77,13 @@ class DropITProductFunction(LayerFunction):
         anchor, *saved = ctx.saved_tensors
         parts = saved[: ctx.count], saved[ctx.count :]
         a, b = (recipe and recipe.restore(*part) for recipe, part in zip(ctx.recipes, parts, strict=True))
-        functions = (ctx.product.grad_a, ctx.product.grad_b)
+        functions, wanted = (ctx.product.grad_a, ctx.product.grad_b), wanted_gradients(ctx, 3)
         grads = [
-            first_order_only(_formed(function(grad_output, a, b), form), anchor) if wanted else None
-            for function, wanted, form in zip(functions, ctx.needs_input_grad[:2], ctx.forms[:2], strict=True)
+            first_order_only(_formed(function(grad_output, a, b), form), anchor) if is_wanted else None
+            for function, is_wanted, form in zip(functions, wanted[:2], ctx.forms[:2], strict=True)
         ]
         grad_c = None
-        if ctx.needs_input_grad[2]:
+        if wanted[2]:
             beta = ctx.product.beta
             grad_c = _formed(grad_output if beta == 1 else beta * grad_output, ctx.forms[2])
         return *grads, grad_c, *[None] * (len(saved) + 4)

@@ -14,6 +14,7 @@ from dropit.layers.function import (
     first_order_only,
     none_for_none,
     undefined_gradients_as_none,
+    wanted_gradients,
 )
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.linear import as_rows
@@ -50,7 +51,7 @@ class DropITBilinearFunction(LayerFunction):
         """grad_output: (..., out). Returns those of a (..., in1), b (..., in2), W (out, in1, in2) and c (out,)."""
         weight, anchor, *saved = ctx.saved_tensors
         a, b = ctx.recipes[0].restore(*saved[: ctx.count]), ctx.recipes[1].restore(*saved[ctx.count :])
-        of_a, of_b, of_weight, of_bias = ctx.needs_input_grad[:4]
+        of_a, of_b, of_weight, of_bias = wanted_gradients(ctx, 4)
         grads: list[Tensor | None] = [None] * 3
         if of_a:
             grads[0] = F.bilinear(grad_output, b, weight.permute(1, 0, 2))

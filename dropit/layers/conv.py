@@ -16,6 +16,7 @@ from dropit.layers.function import (
     first_order_only,
     none_for_none,
     undefined_gradients_as_none,
+    wanted_gradients,
 )
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
@@ -85,7 +86,7 @@ class DropITConvFunction(LayerFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
         weight, anchor, *saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        wanted = wanted_gradients(ctx, 3)
         # Of the input, grad_input needs the shape, and the layout for its own.
         input = ctx.recipe.restore(*saved[: ctx.count]) if wanted[1] else placeholder(ctx, grad_output)
         through = weight if anchor is None else anchor

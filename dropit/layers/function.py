@@ -31,6 +31,26 @@ def none_for_none(backward: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+def wanted_gradients(ctx: Any, count: int) -> tuple[bool, ...]:
+    """Return of which of the first ``count`` arguments this backward pass wants the gradient.
+
+    ``ctx.needs_input_grad`` is of all backward passes: also of ``torch.autograd.grad`` by the input alone, in which
+    PyTorch's operators do not compute a weight's gradient either. The arguments are tensors; None at the end.
+    """
+    needs: tuple[bool, ...] = ctx.needs_input_grad[:count]
+    if is_traced():
+        return needs
+    edges = ctx.next_functions
+    return tuple(need and _is_executed(edges[place][0]) for place, need in enumerate(needs))
+
+
+def _is_executed(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)  # type: ignore[no-any-return]
+    except RuntimeError:  # a leaf, by which torch.autograd.grad differentiates
+        return True
+
+
 def anchor(*tensors: Tensor) -> Tensor | None:
     """No element of the tensors, but what depends on them under torch.func, for :func:`first_order_only`; else None."""
     if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:

@@ -16,6 +16,7 @@ from dropit.layers.function import (
     first_order_only,
     none_for_none,
     undefined_gradients_as_none,
+    wanted_gradients,
 )
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
@@ -54,7 +55,7 @@ class DropITLinearFunction(LayerFunction):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """grad_output: (..., out). Returns grad_input (..., in), grad_weight (out, in), grad_bias (out,)."""
         weight, anchor, *saved = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_input, needs_weight, needs_bias = wanted_gradients(ctx, 3)
         grad_input = grad_weight = grad_bias = None
         rows = as_rows(grad_output)  # (samples, out)
         if needs_input:

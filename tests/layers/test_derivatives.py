@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dropit
+from dropit.saved import Recipe
 
 LAYERS = {
     "linear": (nn.Linear(6, 5), (4, 6)),
@@ -19,6 +20,22 @@ def pair(name, gamma=0.9):
     plain, shape = LAYERS[name]
     plain = copy.deepcopy(plain).double()
     return dropit.to_dropit(copy.deepcopy(plain), gamma=gamma), plain, torch.randn(shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_gradient_alone_is_computed_alone(name, wanted, monkeypatch):
+    """As by PyTorch's operators, and not all for which there is a graph: for adversarial examples, or a penalty."""
+    ours, plain, x = pair(name)
+    restored = []
+    restore = Recipe.restore
+    monkeypatch.setattr(Recipe, "restore", lambda self, *saved: restored.append(1) or restore(self, *saved))
+    grads = []
+    for module in (plain, ours):
+        leaves = {"input": x.clone().requires_grad_(), "weight": module.weight, "bias": module.bias}
+        grads.append(torch.autograd.grad(module(leaves["input"] * 1).tanh().sum(), leaves[wanted])[0])
+    assert torch.equal(*grads) or wanted == "weight"
+    assert len(restored) == (wanted == "weight")
 
 
 @pytest.mark.parametrize("linear_loss", [True, False])
