@@ -29,11 +29,12 @@ class Recipe(NamedTuple):
     """How to compute a dense tensor from saved ones; holds none of them, so that a node of the graph may keep it.
 
     ``pointwise``: whether it computes each element exactly, from those at its place in tensors that are saved as they
-    are and may be broadcast.
+    are and may be broadcast. ``channels``: of a tensor of which whole channels were kept, its layout.
     """
 
     steps: tuple[_Step, ...]
     pointwise: bool = False
+    channels: Layout | None = None
 
     def restore(self, *tensors: Tensor | None) -> Tensor:
         """Compute the dense tensor, or close to it, from all saved tensors in order."""
@@ -46,6 +47,13 @@ class Recipe(NamedTuple):
             x = function(x, *given) if step.operand is None else function(x, step.operand.restore(*given))
             taken += step.tensors
         return x
+
+    def restore_channels(self, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the kept channels alone, where there are such: :func:`dropit.ops.unpack_channels`."""
+        values, positions, scales = tensors
+        assert self.channels is not None
+        assert values is not None
+        return ops.unpack_channels(Packed(values, positions, scales, self.channels))
 
     def part(self, index: tuple[int | slice, ...]) -> Recipe:
         """Return what computes ``x[index]`` alone, and no other element of x; only of one that is ``pointwise``."""
@@ -70,7 +78,8 @@ class Saved(NamedTuple):
         """Return what is saved of a packed tensor, which ``name`` stands for in the recipe."""
         unpack = partial(_unpack, packed.layout)
         step = _Step(f"{_encoding(packed)} {name}", unpack, 3, is_new=not packed.is_dense)
-        return cls(Recipe((step,)), (packed.values, packed.positions, packed.scales))
+        channels = None if packed.is_dense or packed.layout.channel_dim is None else packed.layout
+        return cls(Recipe((step,), channels=channels), (packed.values, packed.positions, packed.scales))
 
     @classmethod
     def exactly(cls, x: Tensor) -> Saved:

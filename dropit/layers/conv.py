@@ -87,20 +87,35 @@ class DropITConvFunction(LayerFunction):
         """grad_output: (N, out, *spatial). Returns grads of input (N, in, *spatial), weight and bias."""
         weight, anchor, *saved = ctx.saved_tensors
         wanted = wanted_gradients(ctx, 3)
+        by_channels = wanted[1] and ctx.recipe.channels is not None and ctx.geometry.groups == 1
+        of_input = wanted[1] and not by_channels
         # Of the input, grad_input needs the shape, and the layout for its own.
-        input = ctx.recipe.restore(*saved[: ctx.count]) if wanted[1] else placeholder(ctx, grad_output)
+        input = ctx.recipe.restore(*saved[: ctx.count]) if of_input else placeholder(ctx, grad_output)
         through = weight if anchor is None else anchor
         if weight is None:
             weight, through = ctx.of_weight.restore(*saved[ctx.count :]), grad_output
         bias_shape = [grad_output.shape[1]]
         grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_output, input, weight, bias_shape, *ctx.geometry, wanted
+            grad_output, input, weight, bias_shape, *ctx.geometry, (wanted[0], of_input, wanted[2])
         )
+        if by_channels:
+            kept = ctx.recipe.restore_channels(*saved[: ctx.count])
+            grad_weight = _grad_weight(grad_output, weight, ctx.geometry, *kept)
         if grad_weight is not None:
             grad_weight = first_order_only(grad_weight, through)
         if grad_input is not None and ctx.of_weight is not None:
             grad_input = first_order_only(grad_input, through)
         return grad_input, grad_weight, grad_bias, *[None] * (len(saved) + 5)
+
+
+def _grad_weight(grad_output: Tensor, weight: Tensor, geometry: Geometry, kept: Tensor, channels: Tensor) -> Tensor:
+    """The weight's gradient: nothing is computed of channels that were dropped whole, but zeros."""
+    dim = 0 if geometry.transposed else 1
+    of_kept = weight.narrow(dim, 0, kept.shape[1])  # whose form alone matters
+    mask = (False, True, False)
+    _, grad, _ = torch.ops.aten.convolution_backward(grad_output, kept, of_kept, None, *geometry, mask)
+    zeros = torch.zeros_like(weight)
+    return zeros.index_copy(dim, channels, grad) if is_mapped(grad) else zeros.index_copy_(dim, channels, grad)
 
 
 def dropit_conv(

@@ -61,13 +61,22 @@ class DropITLinearFunction(LayerFunction):
         if needs_input:
             grad_input = grad_output @ weight
         if needs_weight:
-            grad_weight = rows.t() @ as_rows(ctx.recipe.restore(*saved))
+            grad_weight = _grad_weight(rows, ctx.recipe, *saved)
             # Of a tensor that autograd sees, so that it notices who differentiates the weight's gradient.
             through = grad_output if weight is None else weight
             grad_weight = first_order_only(grad_weight, through if anchor is None else anchor)
         if needs_bias:
             grad_bias = rows.sum(dim=0)
         return grad_input, grad_weight, grad_bias, None, None, *[None] * len(saved)
+
+
+def _grad_weight(rows: Tensor, recipe: Recipe, *saved: Tensor | None) -> Tensor:
+    """rows: (samples, out). Returns (out, in): nothing is computed of channels that were dropped whole, but zeros."""
+    if recipe.channels is None:
+        return rows.t() @ as_rows(recipe.restore(*saved))
+    kept, channels = recipe.restore_channels(*saved)
+    grad = rows.t() @ as_rows(kept)  # (out, k)
+    return grad.new_zeros(grad.shape[0], recipe.channels.shape[-1]).index_copy_(1, channels, grad)
 
 
 def as_rows(x: Tensor) -> Tensor:

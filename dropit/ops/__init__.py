@@ -22,6 +22,7 @@ from dropit.ops.reference import (
     pack_subbyte,
     topk_mask,
     unpack_bits,
+    unpack_channels,
     unpack_subbyte,
 )
 from dropit.packed import Packed
@@ -43,6 +44,7 @@ __all__ = [
     "topk_mask",
     "unpack",
     "unpack_bits",
+    "unpack_channels",
     "unpack_subbyte",
 ]
 # PyTorch works without either.

@@ -10,7 +10,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from dropit.packed import (
     LEVELS_GROUP,
@@ -19,6 +19,7 @@ from dropit.packed import (
     Layout,
     Packed,
     bits_nbytes,
+    is_dense_in_memory,
     narrower,
     positions_nbytes,
     unflatten,
@@ -125,9 +126,11 @@ def unpack(packed: Packed) -> Tensor:
         return packed.values
     if packed.positions is None:
         return unflatten(_widen_all(packed), packed.layout)
-    values = widen(packed.values, packed.scales, packed.layout.dtype)
     if packed.layout.channel_dim is not None:
-        return _unpack_channels(values, packed.positions, packed.layout)
+        kept, channels = unpack_channels(packed)
+        dense = unflatten(kept.new_zeros(packed.layout.numel), packed.layout)
+        return dense.index_copy_(packed.layout.channel_dim, channels, kept)
+    values = widen(packed.values, packed.scales, packed.layout.dtype)
     n, count, per_block = packed.layout.numel, values.numel(), packed.layout.per_block
     dense = values.new_zeros(n)
     if packed.positions.numel() < bits_nbytes(n) and per_block is not None:
@@ -144,17 +147,28 @@ def pack_channels(
     x: Tensor, mask: Tensor, count: int, layout: Layout, value_dtype: torch.dtype | None = None
 ) -> Packed:
     """Keep the ``count`` channels of ``x`` that ``mask`` (channels,) bool marks, as :func:`pack` keeps elements."""
-    assert layout.channel_dim is not None
-    values, scales = narrow(x.index_select(layout.channel_dim, _nonzero(mask, count)), value_dtype)
+    dim = layout.channel_dim
+    assert dim is not None
+    channels = _nonzero(mask, count)
+    if dim == layout.order[-1] and is_dense_in_memory(x):  # as rows: ten times as fast
+        kept = x.permute(layout.order).reshape(-1, x.shape[dim]).index_select(1, channels)
+        shape = Size([count if each == dim else size for each, size in enumerate(x.shape)])
+        values, scales = narrow(unflatten(kept.view(-1), layout._replace(shape=shape)), value_dtype)
+    else:
+        values, scales = narrow(x.index_select(dim, channels), value_dtype)
     return Packed(values, pack_bits(mask), scales, layout)
 
 
-def _unpack_channels(values: Tensor, positions: Tensor, layout: Layout) -> Tensor:
-    dim = layout.channel_dim
+def unpack_channels(packed: Packed) -> tuple[Tensor, Tensor]:
+    """Of what :func:`pack_channels` packed: the kept channels, of the tensor's shape but for them, and which they are.
+
+    The latter (k,) int64.
+    """
+    dim = packed.layout.channel_dim
     assert dim is not None
-    kept = _nonzero(unpack_bits(positions, layout.shape[dim]), values.shape[dim])
-    dense = unflatten(values.new_zeros(layout.numel), layout)
-    return dense.index_copy_(dim, kept, values)
+    assert packed.positions is not None
+    values = widen(packed.values, packed.scales, packed.layout.dtype)
+    return values, _nonzero(unpack_bits(packed.positions, packed.layout.shape[dim]), values.shape[dim])
 
 
 def _nonzero(mask: Tensor, count: int) -> Tensor:

@@ -7,15 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import dropit
+from dropit.saved import Recipe
 from tests.layers.cases import gradients, masked
 
 
-def pair(*sizes, gamma=0.9, dtype=torch.float64, **options):
+def pair(*sizes, gamma=0.9, dtype=torch.float64, strategy="fastmink", kind=nn.Conv2d, **options):
     """A DropIT convolution and the plain one with the same parameters."""
-    plain = nn.Conv2d(*sizes, dtype=dtype, **options)
-    ours = nn.Conv2d(*sizes, dtype=dtype, **options)
+    plain = kind(*sizes, dtype=dtype, **options)
+    ours = kind(*sizes, dtype=dtype, **options)
     ours.load_state_dict(plain.state_dict())
-    return dropit.to_dropit(ours, gamma=gamma), plain
+    return dropit.to_dropit(ours, strategy, gamma), plain
 
 
 GEOMETRIES = [
@@ -39,15 +40,34 @@ def check_against_masked(ours, plain, x):
     torch.testing.assert_close(grad_bias, exact_bias, rtol=1e-12, atol=1e-12)
 
     (ours_weight,) = gradients(y, grad_output, [ours.weight])
-    (by_hand,) = gradients(plain(masked(ours.saver, x)), grad_output, [plain.weight])
+    (by_hand,) = gradients(plain(masked(ours.saver, x, channel_dim=-3)), grad_output, [plain.weight])
     torch.testing.assert_close(ours_weight, by_hand, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("strategy", ["fastmink", "mink_c"])
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda g: "-".join(str(v) for v in g.values()))
-def test_gradients_are_those_of_the_masked_input(geometry):
-    check_against_masked(*pair(8, 12, 3, **geometry), torch.randn(3, 8, 11, 9, dtype=torch.float64))
+def test_gradients_are_those_of_the_masked_input(geometry, strategy):
+    convs = pair(8, 12, 3, gamma=0.7, strategy=strategy, **geometry)
+    check_against_masked(*convs, torch.randn(3, 8, 11, 9, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+def test_where_whole_channels_are_dropped_a_transposed_convolution_computes_as_much(groups):
+    convs = pair(8, 12, 3, gamma=0.7, strategy="mink_c", kind=nn.ConvTranspose2d, groups=groups, stride=2)
+    check_against_masked(*convs, torch.randn(3, 8, 11, 9, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_nothing_is_computed_of_channels_that_were_dropped(kind, monkeypatch):
+    ours, _ = pair(16, 12, 3, strategy="mink_c", kind=kind)
+    monkeypatch.setattr(Recipe, "restore", None)  # which would give a dense input
+    ours.to(memory_format=torch.channels_last)(torch.randn(3, 16, 11, 9, dtype=torch.float64)).sum().backward()
+    channels = ours.weight.grad.transpose(0, 1) if kind is nn.Conv2d else ours.weight.grad
+    assert channels.flatten(1).any(1).sum() == 2
+    assert ours.weight.grad.stride() == ours.weight.stride()
+
+
+@pytest.mark.parametrize("strategy", ["fastmink", "mink_c"])
 @pytest.mark.parametrize(
     "x",
     [
@@ -59,8 +79,8 @@ def test_gradients_are_those_of_the_masked_input(geometry):
     ],
     ids=["channels_last", "transposed", "sliced", "expanded", "unbatched"],
 )
-def test_any_layout(x):
-    check_against_masked(*pair(8, 12, 3, padding=1), x)
+def test_any_layout(x, strategy):
+    check_against_masked(*pair(8, 12, 3, padding=1, strategy=strategy), x)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import dropit
+from dropit.saved import Recipe
 from dropit.strategies import FastMinK, MinK
 from tests.layers.cases import gradients, masked
 
@@ -28,9 +29,10 @@ INPUTS = {
 
 
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS)
+@pytest.mark.parametrize("strategy", ["fastmink", "mink_c"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_gradients_are_those_of_the_masked_input(make, bias):
-    linear = layer(24, 10, bias=bias, dtype=torch.float64)
+def test_gradients_are_those_of_the_masked_input(make, bias, strategy):
+    linear = layer(24, 10, strategy=strategy, bias=bias, dtype=torch.float64)
     x = make().requires_grad_()
     y = linear(x)
     assert torch.equal(y, F.linear(x, linear.weight, linear.bias))
@@ -43,6 +45,13 @@ def test_gradients_are_those_of_the_masked_input(make, bias):
     torch.testing.assert_close(grad_input, torch.einsum("...o,oi->...i", grad_output, linear.weight))
     for grad_bias in rest:
         torch.testing.assert_close(grad_bias, rows.sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_is_computed_of_channels_that_were_dropped(monkeypatch):
+    linear = layer(40, 10, strategy="mink_c")
+    monkeypatch.setattr(Recipe, "restore", None)  # which would give a dense input
+    linear(torch.randn(8, 40)).sum().backward()
+    assert linear.weight.grad.any(0).sum() == 4
 
 
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (64, 24), (3, 17, 24), (2, 3, 4, 24)], ids=str)
