@@ -102,7 +102,7 @@ def coverage(model: nn.Module, meter: CacheMeter | None = None) -> Coverage:
 def _note(module: nn.Module, fqn: str, meter: CacheMeter | None) -> str:
     if meter is None or not isinstance(module, DropITLayer) or not is_converted(module) or is_lossless(module):
         return ""
-    if fqn not in meter.ran():
+    if not meter.has_run(fqn):
         return "not called: another module may read its weight by itself"
     elsewhere = meter.saved_elsewhere(fqn)
     savers = " and ".join(f"{saver} ({nbytes / 2**20:.2f} MiB)" for saver, nbytes in elsewhere.items())

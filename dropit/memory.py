@@ -70,12 +70,13 @@ class CacheMeter:
         self._inputs: dict[str, list[StorageWeakRef]] = defaultdict(list)  # what each module that ran was given
         self._operators: dict[int, str] = {}  # sequence number of a graph node -> its name
         self._entries: list[SavedStorage] | None = None
+        self._by_storage: dict[int, SavedStorage] | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> CacheMeter:
         self._saved.clear()
         self._inputs.clear()
-        self._entries = None
+        self._entries = self._by_storage = None
         for fqn, module in self._model.named_modules():
             self._watch(fqn, module)
         self._stack.enter_context(saved_tensors_hooks(self._pack, self._unpack))
@@ -103,6 +104,10 @@ class CacheMeter:
         """Bytes by operator and line of code, of what is saved as PyTorch saves it ("Mul at model.py:12")."""
         return _sizes(self._kept_by_pytorch())
 
+    def has_run(self, fqn: str) -> bool:
+        """Whether the module was called."""
+        return fqn in self._inputs
+
     def ran(self) -> list[str]:
         """Names of the modules that were called, in the order of their first calls."""
         return list(self._inputs)
@@ -110,7 +115,11 @@ class CacheMeter:
     def saved_elsewhere(self, fqn: str) -> dict[str, int]:
         """Bytes of the module's inputs that others save and it does not, by operator and module ("Relu in layer1")."""
         inputs = {storage.cdata for storage in self._inputs[fqn]} if fqn in self._inputs else set()
-        elsewhere = [saved for saved in self._storages() if saved.storage in inputs and fqn not in saved.modules]
+        storages = self._storages()
+        if self._by_storage is None:
+            self._by_storage = {saved.storage: saved for saved in storages}
+        found = (self._by_storage[storage] for storage in inputs if storage in self._by_storage)
+        elsewhere = [saved for saved in found if fqn not in saved.modules]
         return _sizes(rows_by(lambda saved: f"{saved.operator} in {saved.modules[0] or 'the model'}", elsewhere))
 
     def sharing(self) -> list[tuple[str, ...]]:
@@ -221,7 +230,7 @@ class CacheMeter:
     def _take_snapshot(self) -> None:
         if self._entries is not None:
             return
-        own = {StorageWeakRef(t.untyped_storage()).cdata for t in (*self._model.parameters(), *self._model.buffers())}
+        own = {t.untyped_storage()._cdata for t in (*self._model.parameters(), *self._model.buffers())}
         groups: dict[int, list[_Saved]] = defaultdict(list)
         for reference in self._saved:
             saved = reference()
@@ -238,7 +247,7 @@ class CacheMeter:
             first.dtype,
             modules,
             tuple(map(self._operator_of, group)),
-            first.line,
+            "" if first.line is None else f"{first.line[0].rpartition(os.sep)[2]}:{first.line[1]}",
         )
 
     def _operator_of(self, saved: _Saved) -> str:
@@ -253,7 +262,7 @@ class _Saved:
 
     __slots__ = ("__weakref__", "dtype", "line", "module", "nbytes", "node", "storage", "tensor")
 
-    def __init__(self, tensor: Tensor, retain: bool, module: str, node: int, line: str) -> None:
+    def __init__(self, tensor: Tensor, retain: bool, module: str, node: int, line: tuple[str, int] | None) -> None:
         self.tensor = tensor if retain else None
         self.storage = StorageWeakRef(tensor.untyped_storage())  # keeps the storage's identity, not its bytes
         self.nbytes = tensor.untyped_storage().nbytes()
@@ -267,12 +276,12 @@ class _Saved:
         return self.nbytes if self.tensor is None else self.tensor.untyped_storage().nbytes()
 
 
-def _calling_line() -> str:
-    """Return the innermost line that runs and is neither PyTorch's nor ours, as "model.py:12"."""
+def _calling_line() -> tuple[str, int] | None:
+    """Return the file and the number of the innermost line that runs and is neither PyTorch's nor ours."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
         frame = frame.f_back
-    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
 
 
 def _is_read(leaf: object) -> bool:

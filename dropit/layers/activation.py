@@ -232,7 +232,8 @@ def _with_sides(x: Tensor, saved: Saved, jump: float) -> Saved:
 def _on_its_side(jump: float, below: float, layout: Layout, x: Tensor, bits: Tensor) -> Tensor:
     """``x``, moved to ``below`` where it crossed the jump from inside, or to the jump where it did from outside."""
     inside = unflatten(ops.unpack_bits(bits, layout.numel), layout)
-    return torch.where(inside, x.clamp(-below, below), x.sign() * x.abs().clamp(min=jump))
+    outside = torch.where(x < 0, x.clamp(max=-jump), x.clamp(min=jump))
+    return torch.where(inside, x.clamp(-below, below), outside)
 
 
 def _from_center(center: float, distance: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from dropit.layers.function import (
 )
 from dropit.layers.functions import Call, are_dense, is_of_parameter, stands_in_for, wants_gradient
 from dropit.saved import Recipe, Saved
+from dropit.tracing import is_mapped
 
 _SMALL = 256  # elements that are not worth a scale
 _BROADCAST = 16  # times that an operand is repeated to be small beside the result
@@ -254,10 +255,30 @@ def _einsum(call: Call, equation: Any, *operands: Any) -> Any:
     product = Product(
         "einsum",
         partial(torch.einsum, equation),
-        lambda g, a, b: torch.einsum(f"{result},{right}->{left}", g, b),
-        lambda g, a, b: torch.einsum(f"{left},{result}->{right}", a, g),
+        lambda g, a, b: _contracted(result, right, left, g, b),
+        lambda g, a, b: _contracted(left, result, right, a, g),
     )
-    return _multiply(call, product, *autocast(a, b))
+    if not set(left + right) <= set(result):  # else it is a product of elements, which autocast leaves as it is
+        operands = autocast(*operands)
+    return _multiply(call, product, *operands)
+
+
+def _contracted(left: str, right: str, result: str, a: Tensor, b: Tensor) -> Tensor:
+    """Of two operands by their indices, those of ``result`` first and the others summed."""
+    if not (is_mapped(a) or is_mapped(b)):
+        return torch.einsum(f"{left},{right}->{result}", a, b)
+    # The vmap of autograd's is_grads_batched does not know einsum.
+    letters = result + "".join(sorted(set(left + right) - set(result)))
+    product = _aligned(a, left, letters) * _aligned(b, right, letters)
+    return product if letters == result else product.sum(tuple(range(len(result), len(letters))))
+
+
+def _aligned(x: Tensor, own: str, letters: str) -> Tensor:
+    """``x``, whose dimensions ``own`` names, with one for each of ``letters``: of size 1 where it has none."""
+    x = x.permute([own.index(letter) for letter in letters if letter in own])
+    for dim, letter in enumerate(letters):
+        x = x if letter in own else x.unsqueeze(dim)
+    return x
 
 
 class Unary(NamedTuple):

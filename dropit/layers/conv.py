@@ -95,9 +95,16 @@ class DropITConvFunction(LayerFunction):
         if weight is None:
             weight, through = ctx.of_weight.restore(*saved[ctx.count :]), grad_output
         bias_shape = [grad_output.shape[1]]
-        grad_input, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad_output, input, weight, bias_shape, *ctx.geometry, (wanted[0], of_input, wanted[2])
-        )
+        grad_input = grad_weight = grad_bias = None
+        if wanted[0] or of_input:
+            mask = (wanted[0], of_input, wanted[2])
+            computed = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *ctx.geometry, mask)
+            # In one dimension PyTorch returns more than it is asked for.
+            grad_input, grad_weight, grad_bias = (
+                grad if asked else None for grad, asked in zip(computed, mask, strict=True)
+            )
+        elif wanted[2]:
+            grad_bias = grad_output.sum([dim for dim in range(grad_output.dim()) if dim != 1])
         if by_channels:
             kept = ctx.recipe.restore_channels(*saved[: ctx.count])
             grad_weight = _grad_weight(grad_output, weight, ctx.geometry, *kept)

@@ -99,6 +99,13 @@ def test_in_sixteen_bits_no_element_crosses_a_jump_of_the_slope(dtype):
     assert (got - exact).abs().max() < 1e-3
 
 
+def test_a_huge_element_puts_none_of_its_group_on_another_side():
+    x = torch.full((2, 32), 5.0)
+    x[:, 3] = 4e5  # beside which 5 is rounded to 0
+    _, got = gradient(quantized(LAYERS["hardswish"], "int16"), x, torch.ones_like(x))
+    assert torch.equal(got, torch.ones_like(x))
+
+
 def test_nor_does_one_that_a_normalization_gives_back():
     plain = nn.Sequential(nn.LayerNorm(64), nn.Hardswish(), nn.Linear(64, 4))
     nn.init.constant_(plain[0].bias, 3)  # where most elements are

@@ -1,6 +1,7 @@
 """Second derivatives are exact where the packed input has no place in the formula, and an error where it has."""
 
 import copy
+from functools import partial, partialmethod
 
 import pytest
 import torch
@@ -13,23 +14,26 @@ LAYERS = {
     "linear": (nn.Linear(6, 5), (4, 6)),
     "conv": (nn.Conv2d(4, 6, 3, padding=1, groups=2), (2, 4, 5, 5)),
     "conv transposed": (nn.ConvTranspose1d(3, 4, 3, stride=2), (2, 3, 5)),
+    "conv, one dimension": (nn.Conv1d(3, 4, 3), (2, 3, 9)),
 }
 
 
-def pair(name, gamma=0.9):
+def pair(name, gamma=0.9, strategy="fastmink"):
     plain, shape = LAYERS[name]
     plain = copy.deepcopy(plain).double()
-    return dropit.to_dropit(copy.deepcopy(plain), gamma=gamma), plain, torch.randn(shape, dtype=torch.float64)
+    return dropit.to_dropit(copy.deepcopy(plain), strategy, gamma), plain, torch.randn(shape, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("strategy", ["fastmink", "mink_c"])
 @pytest.mark.parametrize("wanted", ["input", "weight", "bias"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_gradient_alone_is_computed_alone(name, wanted, monkeypatch):
+def test_a_gradient_alone_is_computed_alone(name, wanted, strategy, monkeypatch):
     """As by PyTorch's operators, and not all for which there is a graph: for adversarial examples, or a penalty."""
-    ours, plain, x = pair(name)
+    ours, plain, x = pair(name, strategy=strategy)
     restored = []
-    restore = Recipe.restore
-    monkeypatch.setattr(Recipe, "restore", lambda self, *saved: restored.append(1) or restore(self, *saved))
+    for restore in (Recipe.restore, Recipe.restore_channels):
+        noted = partial(lambda restore, self, *saved: restored.append(1) or restore(self, *saved), restore)
+        monkeypatch.setattr(Recipe, restore.__name__, partialmethod(noted))
     grads = []
     for module in (plain, ours):
         leaves = {"input": x.clone().requires_grad_(), "weight": module.weight, "bias": module.bias}
@@ -192,6 +196,22 @@ def test_many_gradients_at_once(name):
         grads = torch.randn(3, *output.shape)
         results.append(torch.autograd.grad(output, leaf, grads, is_grads_batched=True)[0])
     assert torch.equal(*results)
+
+
+def test_many_gradients_at_once_of_an_einsum():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return torch.einsum("btd,bsd->bts", self.left(x), self.right(x))
+
+    plain, x, results = Scores().double(), torch.randn(4, 8, 16, dtype=torch.float64), []
+    for module in (plain, dropit.to_dropit(copy.deepcopy(plain), gamma=0.0, compress="int16")):
+        grads = torch.randn(2, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        results += torch.autograd.grad(module(x), module.left.weight, grads, is_grads_batched=True)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (0, 3)], ids=str)

@@ -50,6 +50,7 @@ CALLS = {
     "baddbmm, weighted": lambda x, y, w: torch.baddbmm(w[:16], batch1=x, batch2=y.mT, beta=0.5, alpha=2.0),
     "bilinear": lambda x, y, w: F.bilinear(x, y, w.outer(w).expand(4, 32, 32).to(x), w[:4].to(x)),
     "einsum": lambda x, y, w: torch.einsum("bik,bjk->bij", x, y),
+    "einsum, outer": lambda x, y, w: torch.einsum("bij,j->bij", x, w.to(x.dtype)) * torch.einsum("bij,bij->bij", y, y),
     "einsum, summed": lambda x, y, w: torch.einsum("bik, ikj -> bij", x, y.permute(1, 2, 0)),
     "pow": lambda x, y, w: x**2 + y.pow(3),
     "exp": lambda x, y, w: torch.exp(-x.mean(dim=-1, keepdim=True).square() * w.square()) * y,
