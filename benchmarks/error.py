@@ -15,12 +15,13 @@ import statistics
 
 import report
 import torch
-from methods import OURS, QUANTIZING, methods
+from methods import QUANTIZING, methods
 from tasks import TASKS, loss, without_noise
 from torch import Tensor, nn
 
 BATCH = {"resnet18_cifar": 32, "resnet18": 16, "resnet50": 4, "convnext_tiny": 4, "vit_b_16": 8, "gpt2": 2}
-WAYS = ("published scheme", *OURS)
+DROPPING = ("published scheme", "dropping", "channels")
+WAYS = (*DROPPING, *QUANTIZING)
 
 
 def gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="a small model, to see that it runs")
     args = parser.parse_args()
-    header = ["median weight", "steps", *WAYS[:2], *(cell for way in QUANTIZING for cell in (way, "worst"))]
+    header = ["median weight", "steps", *DROPPING, *(cell for way in QUANTIZING for cell in (way, "worst"))]
     print(report.table(header, []), flush=True)
     for name in ["resnet18_cifar"] if args.quick else args.models:
         torch.manual_seed(0)
@@ -58,7 +59,7 @@ def main() -> None:
         for step in range(args.steps + 1):
             if step in (0, args.steps):
                 found = errors(model, batch, args.gamma)
-                cells = [f"{statistics.median(found[way]):.2f}" for way in WAYS[:2]]
+                cells = [f"{statistics.median(found[way]):.2f}" for way in DROPPING]
                 for way in QUANTIZING:
                     cells += [f"{statistics.median(found[way]):.4f}", f"{max(found[way]):.4f}"]
                 print(f"| {task.title} | {step} | {' | '.join(cells)} |", flush=True)

@@ -35,10 +35,12 @@ def parts(output: str, *, quick: bool) -> list[tuple[int, list[str]]]:
         tests += ["-n", "8"]
     half = ["--autocast", *where]
     compiled = ["--methods", "compiled", "compiled int8", "save_on_cpu", "--name", "compiled"]
+    channels = ["--methods", "channels", "channels, int8", "--name", "channels"]
     return [
         (120, [*bench, "benchmarks/step.py", "--models", "resnet50", "vit_b_16", "gpt2", *half]),
         (150, [*tests, "tests/ops/test_triton.py", "tests/test_gpu.py", "-m", ""]),
         (60, [*bench, "benchmarks/ops.py", *where]),
+        (90, [*bench, "benchmarks/step.py", "--models", "resnet50", "vit_b_16", "gpt2", *channels, *half]),
         (180, [*bench, "benchmarks/batch.py", "--models", "vit_b_16", *half]),
         (120, [*bench, "benchmarks/step.py", "--models", "resnet50", "vit_b_16", *where]),
         (120, [*bench, "benchmarks/step.py", "--models", "resnet18_cifar", "convnext_tiny", *half, "--name", "others"]),

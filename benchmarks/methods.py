@@ -56,7 +56,7 @@ def compiled(model: nn.Module, budget: float = 1.0) -> nn.Module:
 
 
 def methods(strategy: str = "fastmink", gamma: float = 0.9) -> dict[str, Method]:
-    """By name; the plain model first. ``strategy`` and ``gamma`` are of those that drop."""
+    """By name; the plain model first. ``strategy`` and ``gamma`` are of those that drop; "channels" drop whole ones."""
     found: dict[str, Method] = {
         "plain": lambda model: model,
         "checkpointing": checkpointed,
@@ -66,6 +66,8 @@ def methods(strategy: str = "fastmink", gamma: float = 0.9) -> dict[str, Method]
         "save_on_cpu": offloaded,
     }
     found["dropping"] = lambda model: dropit.to_dropit(model, strategy, gamma)
+    found["channels"] = lambda model: dropit.to_dropit(model, "mink_c", gamma)
+    found["channels, int8"] = lambda model: dropit.to_dropit(model, "mink_c", gamma, value_dtype="int8")
     for compress in QUANTIZING:
         found[compress] = lambda model, compress=compress: dropit.to_dropit(model, gamma=0, compress=compress)
     for name in OURS[:2]:

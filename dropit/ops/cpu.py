@@ -65,11 +65,14 @@ def unpack(packed: Packed) -> Tensor:
 def quantize(
     x: Tensor, bits: int = 8, noise: Tensor | None = None, statistics: reference.Statistics | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`dropit.ops.reference.quantize`, to 2 bits piece by piece: 4.9 ns, of the whole at once 7.9."""
+    """As :func:`dropit.ops.reference.quantize`, by C: to 8 bits 0.5 ns on one core, to 2 bits 1.7.
+
+    Else as the reference, which takes 1.1 and, to 2 bits piece by piece, 6.0.
+    """
     mean, rstd, _ = statistics or (None, None, 1)
     narrow = x.dtype in _NATIVE and (rstd is None or rstd.dtype is torch.float32)
-    if narrow and bits != 2 and noise is None and native.takes(x, mean, rstd):
-        return native.quantize(x, bits, statistics)  # to 8 bits 0.5 ns on one core, where the reference takes 1.1
+    if narrow and noise is None and native.takes(x, mean, rstd):
+        return native.quantize(x, bits, statistics)
     if bits != 2 or x.numel() <= _PIECE or torch.compiler.is_compiling():
         return reference.quantize(x, bits, noise, statistics)
     x = x if statistics is None else reference.normalize(x, statistics)
@@ -80,7 +83,7 @@ def quantize(
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
     """As :func:`dropit.ops.reference.dequantize`: from 8 bits 0.13 ns on one core, where the reference takes 0.35."""
-    if dtype in _NATIVE and scales.dim() == 1 and scales.dtype is torch.bfloat16 and native.takes(codes, scales):
+    if dtype in _NATIVE and scales.dtype is torch.bfloat16 and native.takes(codes, scales):
         return native.dequantize(codes, scales, dtype, n)
     return reference.dequantize(codes, scales, dtype, n)
 

@@ -11,7 +11,9 @@ reordered: -ffp-contract=off, no -ffast-math. */
 
 enum { FLOAT32, BFLOAT16 };     /* of the dense tensor */
 enum { INFINITE = 0x7F800000 }; /* its bits */
-enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2 };
+enum { NOT_A_NUMBER = 0x7FC0 }; /* in bfloat16 */
+enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2, TOGETHER = 8 };
+static const float TINY = 1.1754943508222875e-38f, LARGEST = 3.3895313892515355e38f; /* of bfloat16 */
 
 INLINE float from_bits(uint32_t bits)
 {
@@ -87,7 +89,7 @@ INLINE void quantize_group(const void *x, int kind, int64_t start, int count, co
         int32_t finite = magnitude[i] < INFINITE ? magnitude[i] : 0;
         largest = finite > largest ? finite : largest;
     }
-    uint16_t scale = narrowed(at_least(from_bits((uint32_t)largest) / top, 1.1754943508222875e-38f));
+    uint16_t scale = narrowed(at_least(from_bits((uint32_t)largest) / top, TINY));
     float reciprocal = 1.0f / widened(scale);
     for (int i = 0; i < GROUP; i++) {
         float c = rounded(at_most(at_least(group[i] * reciprocal, -most), most));
@@ -121,6 +123,161 @@ INLINE void quantize_groups(const void *x, int kind, int64_t n, const struct sta
         quantize_group(x, kind, start, (int)(n - start), by, bits, top, most, codes, scales);
 }
 
+/* How many steps x is from the origin, to the nearest, from 0 to so many. */
+INLINE int32_t steps_from(float x, float half_origin, float reciprocal, float most)
+{
+    return (int32_t)rounded(at_most(at_least((x * 0.5f - half_origin) * reciprocal, 0), most));
+}
+
+/* How a group is stored in 2 bits, while it is worked out. */
+struct leveled {
+    float x[LEVELS_GROUP];
+    int16_t step[LEVELS_GROUP], code[LEVELS_GROUP];
+    float low, unit, level, apart;
+    int finite;
+} __attribute__((aligned(64))); /* a processor's line */
+
+INLINE void choose_steps(struct leveled *group)
+{
+    int32_t ordered[LEVELS_GROUP], least = INT32_MAX, most = INT32_MIN, largest = 0;
+    memcpy(ordered, group->x, sizeof ordered);
+    for (int i = 0; i < LEVELS_GROUP; i++) { /* whole numbers in the floats' order */
+        int32_t magnitude = ordered[i] & 0x7FFFFFFF, in_order = ordered[i] < 0 ? -magnitude : magnitude;
+        largest = magnitude > largest ? magnitude : largest;
+        least = in_order < least ? in_order : least;
+        most = in_order > most ? in_order : most;
+    }
+    group->finite = largest < INFINITE;
+    group->low = least < 0 ? -from_bits((uint32_t)-least) : from_bits((uint32_t)least);
+    float high = most < 0 ? -from_bits((uint32_t)-most) : from_bits((uint32_t)most);
+    group->unit = at_least(high / 255 - group->low / 255, TINY);
+    if (!group->finite) {
+        memset(group->x, 0, sizeof group->x);
+        group->low = 0, group->unit = 1;
+    }
+    float half_origin = group->low * 0.5f, reciprocal = 1 / (group->unit * 0.5f);
+    for (int i = 0; i < LEVELS_GROUP; i++)
+        group->step[i] = (int16_t)steps_from(group->x[i], half_origin, reciprocal, 255);
+    for (int i = 0; i < LEVELS_GROUP; i++)
+        group->code[i] = (int16_t)rounded((float)group->step[i] * (1 / 85.0f));
+}
+
+/* The level of code 0 and the distance to the next: a line through (code, step), of the least squared error. */
+INLINE void fit_levels(struct leveled *group)
+{
+    int32_t c = 0, u = 0, cc = 0, cu = 0;
+    for (int i = 0; i < LEVELS_GROUP; i++) {
+        c += group->code[i];
+        u += group->step[i];
+        cc += group->code[i] * group->code[i];
+        cu += group->code[i] * group->step[i];
+    }
+    float spread = at_least((float)(LEVELS_GROUP * cc - c * c), 1);
+    group->level = (float)(u * cc - cu * c) / spread;
+    group->apart = at_least((float)(LEVELS_GROUP * cu - c * u) / spread, 1);
+}
+
+INLINE void choose_codes(struct leveled *group)
+{
+    float half_origin = group->level * 0.5f, reciprocal = 1 / (group->apart * 0.5f);
+    for (int i = 0; i < LEVELS_GROUP; i++)
+        group->code[i] = (int16_t)steps_from((float)group->step[i], half_origin, reciprocal, 3);
+}
+
+/* By the levels as they are stored. */
+INLINE void choose_last_codes(struct leveled *group, uint16_t *levels)
+{
+    float offset = at_most(at_least(group->low + group->level * group->unit, -LARGEST), LARGEST);
+    levels[0] = narrowed(fabsf(offset) >= TINY ? offset : 0);
+    levels[1] = narrowed(at_most(at_least(group->apart * group->unit, TINY), LARGEST));
+    float half_origin = widened(levels[0]) * 0.5f, reciprocal = 1 / (widened(levels[1]) * 0.5f);
+    for (int i = 0; i < LEVELS_GROUP; i++)
+        group->code[i] = (int16_t)steps_from(group->x[i], half_origin, reciprocal, 3);
+    if (!group->finite)
+        levels[0] = NOT_A_NUMBER;
+}
+
+INLINE void store_codes(const struct leveled *group, int count, uint8_t *codes)
+{
+    uint8_t bytes[LEVELS_GROUP];
+    uint32_t fours[LEVELS_GROUP / 4];
+    for (int i = 0; i < LEVELS_GROUP; i++)
+        bytes[i] = (uint8_t)group->code[i];
+    memcpy(fours, bytes, sizeof fours); /* as a little-endian processor has them */
+    for (int i = 0; i < (count + 3) / 4; i++)
+        codes[i] = (uint8_t)(fours[i] | fours[i] >> 6 | fours[i] >> 12 | fours[i] >> 18);
+}
+
+/* Groups that follow each other, whose last one has so many elements. Each step is taken for all of them: a group's own
+steps wait for each other. */
+INLINE void quantize_some_to_levels(const void *x, int kind, int64_t start, int groups, int last,
+                                    const struct statistics *by, uint8_t *codes, uint16_t *levels)
+{
+    struct leveled each[TOGETHER];
+    for (int g = 0; g < groups; g++) {
+        int count = g == groups - 1 ? last : LEVELS_GROUP;
+        load(each[g].x, x, start + g * LEVELS_GROUP, count, kind, by);
+        for (int i = count; i < LEVELS_GROUP; i++)
+            each[g].x[i] = each[g].x[count - 1];
+    }
+    for (int g = 0; g < groups; g++)
+        choose_steps(each + g);
+    for (int turn = 0; turn < LLOYD; turn++) {
+        for (int g = 0; g < groups; g++)
+            fit_levels(each + g);
+        for (int g = 0; g < groups; g++)
+            choose_codes(each + g);
+    }
+    for (int g = 0; g < groups; g++)
+        fit_levels(each + g);
+    for (int g = 0; g < groups; g++)
+        choose_last_codes(each + g, levels + (start / LEVELS_GROUP + g) * 2);
+    for (int g = 0; g < groups; g++)
+        store_codes(each + g, g == groups - 1 ? last : LEVELS_GROUP, codes + start / 4 + g * LEVELS_GROUP / 4);
+}
+
+INLINE void quantize_to_levels(const void *x, int kind, int64_t n, const struct statistics *by, uint8_t *codes,
+                               uint16_t *levels)
+{
+    const int64_t many = TOGETHER * LEVELS_GROUP;
+    int64_t start = 0;
+    for (; start + many <= n; start += many)
+        quantize_some_to_levels(x, kind, start, TOGETHER, LEVELS_GROUP, by, codes, levels);
+    for (; start < n; start += LEVELS_GROUP)
+        quantize_some_to_levels(x, kind, start, 1, n - start < LEVELS_GROUP ? (int)(n - start) : LEVELS_GROUP, by, codes,
+                                levels);
+}
+
+/* In eighths, whose products and sums are finite. */
+INLINE void levels_group(const uint8_t *codes, const uint16_t *levels, int64_t start, int count, int kind, float limit,
+                         void *dense)
+{
+    float offset = widened(levels[0]) * 0.125f, scale = widened(levels[1]) * 0.125f;
+    uint32_t fours[LEVELS_GROUP / 4] = {0};
+    uint8_t code[LEVELS_GROUP];
+    for (int i = 0; i < (count + 3) / 4; i++) {
+        uint32_t byte = codes[start / 4 + i];
+        fours[i] = (byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303;
+    }
+    memcpy(code, fours, sizeof code);
+    for (int i = 0; i < count; i++) {
+        float x = at_most(at_least(offset + (float)code[i] * scale, -limit * 0.125f), limit * 0.125f) * 8;
+        if (kind == FLOAT32)
+            ((float *)dense)[start + i] = x;
+        else
+            ((uint16_t *)dense)[start + i] = x == x ? narrowed(x) : NOT_A_NUMBER;
+    }
+}
+
+INLINE void levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit, void *dense)
+{
+    int64_t start = 0;
+    for (; start + LEVELS_GROUP <= n; start += LEVELS_GROUP)
+        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, LEVELS_GROUP, kind, limit, dense);
+    if (start < n)
+        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, (int)(n - start), kind, limit, dense);
+}
+
 INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t start, int count, int kind, float limit,
                              void *dense)
 {
@@ -148,7 +305,7 @@ INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t s
         if (kind == FLOAT32)
             ((float *)dense)[start + i] = code[i] == lowest ? NAN : x;
         else
-            ((uint16_t *)dense)[start + i] = code[i] == lowest ? 0x7FC0 : narrowed(x);
+            ((uint16_t *)dense)[start + i] = code[i] == lowest ? NOT_A_NUMBER : narrowed(x);
     }
 }
 
@@ -257,7 +414,11 @@ void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, cons
 {
     const struct statistics by = {mean, rstd, inner, sections}, none = {0, 0, 1, 1};
     const struct statistics *used = rstd ? &by : &none;
-    if (kind == FLOAT32 && bits == 8 && !rstd)
+    if (kind == FLOAT32 && bits == 2)
+        quantize_to_levels(x, FLOAT32, n, used, codes, scales);
+    else if (bits == 2)
+        quantize_to_levels(x, BFLOAT16, n, used, codes, scales);
+    else if (kind == FLOAT32 && bits == 8 && !rstd)
         quantize_groups(x, FLOAT32, n, &none, 8, 127, 127, codes, scales);
     else if (kind == FLOAT32 && bits == 8)
         quantize_groups(x, FLOAT32, n, &by, 8, 127, 127, codes, scales);
@@ -275,7 +436,11 @@ void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, cons
 
 void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit, void *dense)
 {
-    if (kind == FLOAT32 && bits == 8)
+    if (kind == FLOAT32 && bits == 2)
+        levels(codes, scales, n, FLOAT32, limit, dense);
+    else if (bits == 2)
+        levels(codes, scales, n, BFLOAT16, limit, dense);
+    else if (kind == FLOAT32 && bits == 8)
         dequantize_groups(codes, scales, 8, n, FLOAT32, limit, dense);
     else if (kind == FLOAT32 && bits == 4)
         dequantize_groups(codes, scales, 4, n, FLOAT32, limit, dense);

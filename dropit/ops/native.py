@@ -24,14 +24,14 @@ import torch
 from torch import Tensor
 
 from dropit.ops import reference
-from dropit.packed import SCALE_GROUP, bits_nbytes
+from dropit.packed import LEVELS_GROUP, SCALE_GROUP, bits_nbytes
 from dropit.tracing import is_plain
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = ("-O3", "-ffp-contract=off", "-shared", "-fPIC")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
-_STORED = {16: torch.int16, 8: torch.int8, 4: torch.uint8}
-_BITS = {dtype: bits for bits, dtype in _STORED.items()}
+_STORED = {16: torch.int16, 8: torch.int8, 4: torch.uint8, 2: torch.uint8}
+_BITS = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}  # or 2
 _WORTH = 2**15  # elements, for which a compiler is started
 _log = logging.getLogger(__name__)
 _loaded: ctypes.CDLL | None = None
@@ -46,11 +46,12 @@ def takes(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def quantize(x: Tensor, bits: int, statistics: reference.Statistics | None = None) -> tuple[Tensor, Tensor]:
-    """As :func:`dropit.ops.reference.quantize`, of float32 or bfloat16, to 16, 8 or 4 bits."""
-    n, (top, most) = x.numel(), reference.CODES[bits]
+    """As :func:`dropit.ops.reference.quantize`, of float32 or bfloat16, to 16, 8, 4 or 2 bits."""
+    n, (top, most) = x.numel(), reference.CODES.get(bits, (0, 0))
     # Of the device, since the default may be another.
-    codes = torch.empty((-(-n // 2),) if bits == 4 else x.shape, dtype=_STORED[bits], device=x.device)
-    scales = torch.empty(-(-n // SCALE_GROUP), dtype=torch.bfloat16, device=x.device)
+    codes = torch.empty(x.shape if bits >= 8 else (-(-n * bits // 8),), dtype=_STORED[bits], device=x.device)
+    shape = (-(-n // LEVELS_GROUP), 2) if bits == 2 else (-(-n // SCALE_GROUP),)
+    scales = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
     mean, rstd, inner = statistics or (None, None, 1)
     _function("quantize")(
         x.data_ptr(),
@@ -70,9 +71,10 @@ def quantize(x: Tensor, bits: int, statistics: reference.Statistics | None = Non
 
 
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    """As :func:`dropit.ops.reference.dequantize`, to float32 or bfloat16, from 16, 8 or 4 bits."""
+    """As :func:`dropit.ops.reference.dequantize`, to float32 or bfloat16, from 16, 8, 4 or 2 bits."""
     dense = torch.empty(n, dtype=dtype, device=codes.device)
-    bits, limit = _BITS[codes.dtype], torch.finfo(dtype).max
+    bits = 2 if scales.dim() == 2 else _BITS[codes.dtype]
+    limit = torch.finfo(dtype).max
     _function("dequantize")(codes.data_ptr(), scales.data_ptr(), bits, n, _KINDS[dtype], limit, dense.data_ptr())
     return dense
 
