@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,22 @@ def layout_of(x: Tensor) -> Layout:
 def is_dense_in_memory(x: Tensor) -> bool:
     """Whether ``x`` has neither gaps nor overlaps."""
     return x.is_contiguous() or x.permute(memory_order(x)).is_contiguous()
+
+
+def repeats(layout: Layout, shape: Sequence[int]) -> int:
+    """How many elements that follow each other in memory have the same one of a tensor of ``shape`` that broadcasts.
+
+    0 where those do not follow each other in their own order.
+    """
+    dims = [dim for dim in layout.order if layout.shape[dim] > 1]
+    missing = len(layout.shape) - len(shape)
+    own = [dim + missing for dim, size in enumerate(shape) if size > 1]
+    if not own:
+        return layout.numel
+    place = dims.index(own[0])
+    if dims[place : place + len(own)] != own:
+        return 0
+    return math.prod(layout.shape[dim] for dim in dims[place + len(own) :])
 
 
 def index_in(x: Tensor, part: Tensor) -> tuple[int | slice, ...] | None:

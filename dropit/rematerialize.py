@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dropit import traced
 from dropit.packed import Layout, Packed, index_in, is_dense_in_memory, layout_of, unflatten
-from dropit.saved import Saved, cast
+from dropit.saved import Saved
 from dropit.snapshot import Snapshot
 from dropit.tracing import is_compiled, is_traced
 
@@ -57,6 +57,14 @@ class Published(NamedTuple):
         if self.saved is None:
             return self
         return self._replace(saved=self.saved.map(name, function, *tensors, in_place=in_place, pointwise=pointwise))
+
+    def clamp(self, name: str, lower: float, upper: float) -> Published:
+        """Return what is published for the tensor between the bounds: :meth:`dropit.saved.Saved.clamp`."""
+        return self if self.saved is None else self._replace(saved=self.saved.clamp(name, lower, upper))
+
+    def cast(self, dtype: torch.dtype) -> Published:
+        """Return what is published for the tensor in ``dtype``: :meth:`dropit.saved.Saved.cast`."""
+        return self if self.saved is None else self._replace(saved=self.saved.cast(dtype))
 
     def out_of_reach(self) -> Published:
         """Return the same without what is saved."""
@@ -137,7 +145,7 @@ class Memo:
                 continue
             published = found.now()
             if source is x:  # which may be in another dtype than what weights in float32 make of a restored tensor
-                return published.map("", partial(cast, x.dtype), pointwise=True)
+                return published.cast(x.dtype)
             if x.numel() == source.numel() and is_dense_in_memory(x) and is_dense_in_memory(source):
                 return published.map("view", partial(_viewed, layout_of(source), layout_of(x)))
         return None

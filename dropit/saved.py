@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from dropit import ops
-from dropit.packed import Layout, Packed, keep_dense
+from dropit.ops import Rescaling
+from dropit.packed import Layout, Packed, keep_dense, repeats, unflatten
 from dropit.tracing import is_mapped, is_traced
 
 
@@ -23,6 +25,8 @@ class _Step(NamedTuple):
     in_place: Callable[..., Tensor] | None = None  # the same, which may change x
     is_new: bool = True  # whether x is in memory of its own after the first step
     operand: Recipe | None = None  # what computes of the step's tensors the one that the function takes
+    codes: Layout | None = None  # of a first step that dequantizes: the form of the dense tensor
+    rescaling: Rescaling | None = None  # which that does as well, but for the tensors in it
 
 
 class Recipe(NamedTuple):
@@ -77,7 +81,8 @@ class Saved(NamedTuple):
     def of(cls, packed: Packed, name: str = "input") -> Saved:
         """Return what is saved of a packed tensor, which ``name`` stands for in the recipe."""
         unpack = partial(_unpack, packed.layout)
-        step = _Step(f"{_encoding(packed)} {name}", unpack, 3, is_new=not packed.is_dense)
+        codes = packed.layout if packed.positions is None and packed.scales is not None else None
+        step = _Step(f"{_encoding(packed)} {name}", unpack, 3, is_new=not packed.is_dense, codes=codes)
         channels = None if packed.is_dense or packed.layout.channel_dim is None else packed.layout
         return cls(Recipe((step,), channels=channels), (packed.values, packed.positions, packed.scales))
 
@@ -118,9 +123,49 @@ class Saved(NamedTuple):
         """Return what gives ``x[index]`` of the dense tensor x: :meth:`Recipe.part`."""
         return self._replace(recipe=self.recipe.part(index))
 
+    def affine(self, weight: Tensor | None, bias: Tensor | None) -> Saved:
+        """Return what gives x * weight + bias of the dense tensor x, to which both broadcast; None is 1 or 0."""
+        given = weight if bias is None else bias
+        first = self.recipe.steps[0]
+        if given is None:
+            return self
+        if len(self.recipe.steps) == 1 and first.codes is not None and first.rescaling is None and not is_traced():
+            inner = repeats(first.codes, given.shape)
+            if inner:
+                tensors = (None if each is None else each.reshape(-1) for each in (weight, bias))
+                step = _rescaling_step("affine", first, Rescaling(None, None, inner))
+                return Saved(Recipe((step,)), (*self.tensors, *tensors))
+        return self.map("affine", partial(_affine, False), weight, bias, in_place=partial(_affine, True))
+
+    def clamp(self, name: str, lower: float, upper: float) -> Saved:
+        """Return what gives the dense tensor between the bounds."""
+        by = self._rescaling()
+        if by is not None and (by.lower, by.upper) == (-math.inf, math.inf):
+            return self._rescaled(name, by._replace(lower=lower, upper=upper))
+        clamp, in_place = (partial(each, min=lower, max=upper) for each in (torch.clamp, torch.clamp_))
+        return self.map(name, clamp, in_place=in_place)
+
     def cast(self, dtype: torch.dtype) -> Saved:
         """Return what gives the dense tensor in ``dtype``."""
-        return self.map(str(dtype).removeprefix("torch."), partial(cast, dtype), pointwise=True)
+        by = self._rescaling()
+        if by is None:
+            return self.map("", partial(cast, dtype), pointwise=True)
+        codes = self.recipe.steps[0].codes
+        assert codes is not None
+        found = by._replace(weight=self.tensors[-2], bias=self.tensors[-1]).result_type(codes.dtype)
+        if found is dtype:
+            return self
+        if by.dtype is not None or dtype.itemsize >= found.itemsize:  # which would be rounded once, not twice
+            return self.map("", partial(cast, dtype), pointwise=True)
+        return self._rescaled("", by._replace(dtype=dtype))
+
+    def _rescaling(self) -> Rescaling | None:
+        """Return how the only step rescales what it dequantizes, if it does."""
+        first, *others = self.recipe.steps
+        return None if others else first.rescaling
+
+    def _rescaled(self, name: str, by: Rescaling) -> Saved:
+        return self._replace(recipe=Recipe((_rescaling_step(name, self.recipe.steps[0], by),)))
 
     def restore(self) -> Tensor:
         """Compute the dense tensor, or close to it."""
@@ -128,6 +173,39 @@ class Saved(NamedTuple):
 
     def __repr__(self) -> str:
         return repr(self.recipe)
+
+
+def _rescaling_step(name: str, first: _Step, by: Rescaling) -> _Step:
+    """The step ``first``, which dequantizes, and in the same pass rescales: with two more tensors, weight and bias."""
+    assert first.codes is not None
+    function = partial(_unpack_rescaled, first.codes, by)
+    name = f"{first.name} -> {name}" if name else first.name
+    return first._replace(name=name, function=function, tensors=5, rescaling=by)
+
+
+def _unpack_rescaled(
+    layout: Layout,
+    by: Rescaling,
+    codes: Tensor,
+    _: None,
+    scales: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    by = by._replace(weight=weight, bias=bias)
+    dense = ops.dequantize(codes, scales, layout.dtype, layout.numel, by)
+    return unflatten(dense, layout)
+
+
+def _affine(in_place: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x * weight + bias; ``in_place``: in the memory of ``x``, where it has the dtype."""
+    of_dtype = all(each is None or each.dtype is x.dtype for each in (weight, bias))
+    out = x if in_place and of_dtype else None
+    if weight is not None and bias is not None:
+        return torch.addcmul(bias, x, weight, out=out)
+    if weight is not None:
+        return torch.mul(x, weight, out=out)
+    return x if bias is None else torch.add(x, bias, out=out)
 
 
 def _encoding(packed: Packed) -> str:

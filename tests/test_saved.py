@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -56,3 +58,47 @@ def test_what_is_rounded_is_not_computed_point_by_point():
     codes, exact = Saved.of(quantize(torch.randn(64), 8)), Saved.exactly(torch.randn(64))
     assert not codes.map("exp", torch.exp, pointwise=True).recipe.pointwise
     assert not exact.combine("mul", torch.mul, codes, pointwise=True).recipe.pointwise
+
+
+LAYOUTS = {
+    "rows": (torch.randn(6, 5, 64), (64,), ()),
+    "rows of two dimensions": (torch.randn(6, 8, 16), (8, 16), ()),
+    "channels": (torch.randn(4, 16, 5, 7), (16, 1, 1), ()),
+    "channels_last": (torch.randn(4, 16, 5, 7).to(memory_format=torch.channels_last), (16, 1, 1), ()),
+    "transposed": (torch.randn(4, 7, 16).mT, (16, 1), ()),
+    "one for all": (torch.randn(4, 64), (1,), ()),
+    "columns": (torch.randn(64, 4).t(), (64,), ()),
+    "not in order": (torch.randn(4, 7, 16).mT, (16, 7), ("generic",)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bits", [8, 2])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_is_dequantized_is_rescaled_bounded_and_cast_in_the_same_step(name, bits, dtype):
+    x, shape, generic = LAYOUTS[name]
+    packed = quantize(x.to(dtype), bits)
+    weight, bias = torch.randn(shape), torch.randn(shape)
+    dense = ops.unpack(packed)
+    for w, b in ((weight, bias), (weight, None), (None, bias)):
+        saved = Saved.of(packed).affine(w, b)
+        rescaled = dense.to(torch.promote_types(dtype, torch.float32)) * (1 if w is None else w)
+        rescaled = rescaled + (0 if b is None else b)
+        narrower = saved.clamp("relu", 0.0, math.inf).cast(torch.bfloat16)
+        with torch.no_grad():
+            torch.testing.assert_close(saved.restore(), rescaled)
+            torch.testing.assert_close(narrower.restore(), rescaled.clamp(min=0).to(torch.bfloat16))
+        assert narrower.restore().stride() == x.stride()
+        assert len(saved.recipe.steps) == (2 if generic else 1)
+        assert generic or dtype is torch.float64 or len(narrower.recipe.steps) == 1
+        assert "-> affine -> relu" in repr(narrower)
+
+
+def test_only_what_comes_next_is_done_in_the_same_step():
+    saved = Saved.of(quantize(torch.randn(4, 64), 8)).affine(torch.randn(64), None)
+    assert saved.cast(torch.float32) is saved
+    assert len(saved.cast(torch.float64).recipe.steps) == 2  # which is wider
+    assert len(saved.cast(torch.bfloat16).clamp("relu", 0.0, 1.0).recipe.steps) == 1
+    assert len(saved.clamp("relu", 0.0, 1.0).clamp("relu", 0.5, 1.0).recipe.steps) == 2
+    assert len(saved.map("gelu", torch.nn.functional.gelu).clamp("relu", 0.0, 1.0).recipe.steps) == 3
+    assert Saved.of(quantize(torch.randn(4, 64), 8)).affine(None, None).recipe.steps[0].rescaling is None

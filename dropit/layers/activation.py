@@ -224,7 +224,7 @@ def _save_input(x: Tensor, curve: Curve, saver: Saver) -> Saved:
 def _with_sides(x: Tensor, saved: Saved, jump: float) -> Saved:
     """Return ``saved``, of ``x``, with a bit for each element: whether it lies between minus and plus ``jump``."""
     flat, layout = flatten(x.detach())
-    below = torch.nextafter(torch.tensor(jump, dtype=x.dtype), torch.tensor(0.0, dtype=x.dtype)).item()
+    below = jump * (1 - torch.finfo(x.dtype).eps)
     sides = partial(_on_its_side, jump, below, layout)
     return saved.map("side", sides, ops.range_bitmask(flat, -jump, jump))
 

@@ -376,8 +376,7 @@ def _in_graph(
     affine = [None if tensor is None else tensor.detach().clone() for tensor in tensors[1:3]]
     if by_channel is not None:
         affine = [None if tensor is None else tensor.view(by_channel) for tensor in affine]
-    scaled, scaled_in_place = partial(_scaled, False), partial(_scaled, True)
-    return saver.publish(output, saved.map("affine", scaled, *affine, in_place=scaled_in_place))
+    return saver.publish(output, saved.affine(*affine))
 
 
 def _save_normalized(
@@ -413,17 +412,6 @@ def _in_a_row(x: Tensor, dim: int) -> int:
 def _samplewise(x: Tensor, statistic: Tensor) -> int:
     """How many elements each is of, sample by sample; 0 where they do not follow each other in memory."""
     return x.numel() // max(statistic.numel(), 1) if x.is_contiguous() else 0
-
-
-def _scaled(in_place: bool, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x * weight + bias; ``in_place``: in the memory of ``x``, where it has the dtype."""
-    of_dtype = all(each is None or each.dtype is x.dtype for each in (weight, bias))
-    out = x if in_place and of_dtype else None
-    if weight is not None and bias is not None:
-        return torch.addcmul(bias, x, weight, out=out)
-    if weight is not None:
-        return torch.mul(x, weight, out=out)
-    return x if bias is None else torch.add(x, bias, out=out)
 
 
 # Operators that autocast on a GPU computes in float32, which of rms_norm is so from PyTorch 2.12 on.

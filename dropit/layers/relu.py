@@ -102,14 +102,11 @@ def dropit_relu(
     output = in_place(
         inplace, input, lambda x, inplace: apply(DropITReLUFunction, x, lower, upper, slope, inplace, link_to(x))
     )
-    again, in_place_again = partial(_again, lower, upper, slope, False), partial(_again, lower, upper, slope, True)
-    return memo.publish(output, published and published.map("relu", again, in_place=in_place_again))
-
-
-def _again(lower: float, upper: float, slope: float, inplace: bool, x: Tensor) -> Tensor:
-    if slope:
-        return F.leaky_relu(x, slope, inplace)
-    return x.clamp_(lower, upper) if inplace else x.clamp(lower, upper)
+    if published is not None and slope:
+        published = published.map("relu", partial(F.leaky_relu, negative_slope=slope))
+    elif published is not None:
+        published = published.clamp("relu", lower, upper)
+    return memo.publish(output, published)
 
 
 @register

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dropit.ops import reference
 from dropit.ops.reference import (
+    Rescaling,
     Statistics,
     largest_mask,
     magnitude,
@@ -29,6 +30,7 @@ from dropit.packed import Packed
 from dropit.tracing import is_plain, is_traced
 
 __all__ = [
+    "Rescaling",
     "Statistics",
     "apply_bitmask",
     "backend",
@@ -92,9 +94,9 @@ def quantize(
     return backend(x).quantize(x, bits, noise, statistics)  # type: ignore[no-any-return]
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``."""
-    return backend(codes).dequantize(codes, scales, dtype, n)  # type: ignore[no-any-return]
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: Rescaling | None = None) -> Tensor:
+    """Undo :func:`quantize`, but for what was rounded, and rescale: :func:`dropit.ops.reference.dequantize`."""
+    return backend(codes).dequantize(codes, scales, dtype, n, rescaling)  # type: ignore[no-any-return]
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:

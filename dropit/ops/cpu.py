@@ -81,11 +81,17 @@ def quantize(
     return torch.cat(codes), torch.cat(scales)
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
+def dequantize(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: reference.Rescaling | None = None
+) -> Tensor:
     """As :func:`dropit.ops.reference.dequantize`: from 8 bits 0.13 ns on one core, where the reference takes 0.35."""
-    if dtype in _NATIVE and scales.dtype is torch.bfloat16 and native.takes(codes, scales):
-        return native.dequantize(codes, scales, dtype, n)
-    return reference.dequantize(codes, scales, dtype, n)
+    weight, bias, *_ = rescaling or (None, None)
+    dtypes = {dtype, torch.float32 if rescaling is None else rescaling.result_type(dtype)}
+    dtypes |= {each.dtype for each in (weight, bias) if each is not None}
+    narrow = dtypes <= set(_NATIVE) and scales.dtype is torch.bfloat16
+    if narrow and native.takes(codes, scales, weight, bias):
+        return native.dequantize(codes, scales, dtype, n, rescaling)
+    return reference.dequantize(codes, scales, dtype, n, rescaling)
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:

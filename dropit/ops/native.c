@@ -12,7 +12,7 @@ reordered: -ffp-contract=off, no -ffast-math. */
 enum { FLOAT32, BFLOAT16 };     /* of the dense tensor */
 enum { INFINITE = 0x7F800000 }; /* its bits */
 enum { NOT_A_NUMBER = 0x7FC0 }; /* in bfloat16 */
-enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2, TOGETHER = 8 };
+enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2, TOGETHER = 8, CHUNK = 64 };
 static const float TINY = 1.1754943508222875e-38f, LARGEST = 3.3895313892515355e38f; /* of bfloat16 */
 
 INLINE float from_bits(uint32_t bits)
@@ -121,6 +121,68 @@ INLINE void quantize_groups(const void *x, int kind, int64_t n, const struct sta
         quantize_group(x, kind, start, GROUP, by, bits, top, most, codes, scales);
     if (start < n)
         quantize_group(x, kind, start, (int)(n - start), by, bits, top, most, codes, scales);
+}
+
+/* What restored elements go through: times weight, plus bias, of which element i has those at place
+i / inner % sections; between bounds; in that kind. */
+struct rescaling {
+    const float *weight, *bias;
+    int64_t inner, sections;
+    float lower, upper;
+    int kind;
+    int64_t place, left; /* of the next element, and how many more have that; divisions take longer than all else */
+};
+
+/* Elements that follow each other, with factors that do so too, or with one for all. */
+INLINE void rescale_run(float *x, int count, const float *weight, const float *bias, int each, float lower, float upper)
+{
+    float w = weight ? *weight : 1, b = bias ? *bias : 0;
+    if (weight)
+        for (int i = 0; i < count; i++)
+            x[i] = x[i] * (each ? weight[i] : w);
+    if (bias)
+        for (int i = 0; i < count; i++)
+            x[i] = x[i] + (each ? bias[i] : b);
+    for (int i = 0; i < count; i++)
+        x[i] = at_most(at_least(x[i], lower), upper);
+}
+
+INLINE void rescale_group(float *x, int count, struct rescaling *by)
+{
+    for (int i = 0; i < count;) {
+        const float *weight = by->weight ? by->weight + by->place : 0, *bias = by->bias ? by->bias + by->place : 0;
+        int64_t left = by->inner == 1 ? by->sections - by->place : by->left;
+        int run = left < count - i ? (int)left : count - i;
+        if (run == count && by->inner == 1) /* a count that the compiler knows, but for the last group */
+            rescale_run(x, count, weight, bias, 1, by->lower, by->upper);
+        else if (run == count)
+            rescale_run(x, count, weight, bias, 0, by->lower, by->upper);
+        else
+            rescale_run(x + i, run, weight, bias, by->inner == 1, by->lower, by->upper);
+        i += run;
+        by->left -= run;
+        by->place += by->inner == 1 ? run : by->left == 0;
+        by->place = by->place == by->sections ? 0 : by->place;
+        by->left = by->left == 0 ? by->inner : by->left;
+    }
+}
+
+INLINE uint16_t to_bfloat16(float x) { return x == x ? narrowed(x) : NOT_A_NUMBER; }
+
+/* A group, of so many elements, of that kind; by: none where there is no rescaling. */
+INLINE void store(float *x, int64_t start, int count, int kind, struct rescaling *by, void *dense)
+{
+    int result = by ? by->kind : kind;
+    if (by && kind == BFLOAT16)
+        for (int i = 0; i < count; i++)
+            x[i] = widened(to_bfloat16(x[i]));
+    if (by)
+        rescale_group(x, count, by);
+    if (result == FLOAT32)
+        memcpy((float *)dense + start, x, (size_t)count * sizeof *x);
+    else
+        for (int i = 0; i < count; i++)
+            ((uint16_t *)dense)[start + i] = to_bfloat16(x[i]);
 }
 
 /* How many steps x is from the origin, to the nearest, from 0 to so many. */
@@ -250,9 +312,9 @@ INLINE void quantize_to_levels(const void *x, int kind, int64_t n, const struct 
 
 /* In eighths, whose products and sums are finite. */
 INLINE void levels_group(const uint8_t *codes, const uint16_t *levels, int64_t start, int count, int kind, float limit,
-                         void *dense)
+                         struct rescaling *by, void *dense)
 {
-    float offset = widened(levels[0]) * 0.125f, scale = widened(levels[1]) * 0.125f;
+    float x[LEVELS_GROUP], offset = widened(levels[0]) * 0.125f, scale = widened(levels[1]) * 0.125f;
     uint32_t fours[LEVELS_GROUP / 4] = {0};
     uint8_t code[LEVELS_GROUP];
     for (int i = 0; i < (count + 3) / 4; i++) {
@@ -260,26 +322,22 @@ INLINE void levels_group(const uint8_t *codes, const uint16_t *levels, int64_t s
         fours[i] = (byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303;
     }
     memcpy(code, fours, sizeof code);
-    for (int i = 0; i < count; i++) {
-        float x = at_most(at_least(offset + (float)code[i] * scale, -limit * 0.125f), limit * 0.125f) * 8;
-        if (kind == FLOAT32)
-            ((float *)dense)[start + i] = x;
-        else
-            ((uint16_t *)dense)[start + i] = x == x ? narrowed(x) : NOT_A_NUMBER;
-    }
+    for (int i = 0; i < LEVELS_GROUP; i++)
+        x[i] = at_most(at_least(offset + (float)code[i] * scale, -limit * 0.125f), limit * 0.125f) * 8;
+    store(x, start, count, kind, by, dense);
 }
 
-INLINE void levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit, void *dense)
+INLINE void levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit,
+                   struct rescaling *by, void *dense)
 {
     int64_t start = 0;
     for (; start + LEVELS_GROUP <= n; start += LEVELS_GROUP)
-        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, LEVELS_GROUP, kind, limit, dense);
+        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, LEVELS_GROUP, kind, limit, by, dense);
     if (start < n)
-        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, (int)(n - start), kind, limit, dense);
+        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, (int)(n - start), kind, limit, by, dense);
 }
 
-INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t start, int count, int kind, float limit,
-                             void *dense)
+INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t start, int count, float limit, float *x)
 {
     const int32_t lowest = -(1 << (bits - 1));
     int32_t code[GROUP] = {0};
@@ -300,23 +358,28 @@ INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t s
         for (int i = 0; i < GROUP; i++)
             code[i] = bytes[i] - 8;
     }
-    for (int i = 0; i < count; i++) {
-        float x = at_most(at_least((float)code[i] * scale, -limit), limit);
-        if (kind == FLOAT32)
-            ((float *)dense)[start + i] = code[i] == lowest ? NAN : x;
-        else
-            ((uint16_t *)dense)[start + i] = code[i] == lowest ? NOT_A_NUMBER : narrowed(x);
+    for (int i = 0; i < GROUP; i++) {
+        float product = at_most(at_least((float)code[i] * scale, -limit), limit);
+        x[i] = code[i] == lowest ? NAN : product;
     }
 }
 
 INLINE void dequantize_groups(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit,
-                              void *dense)
+                              struct rescaling *by, void *dense)
 {
+    const int chunk = by ? CHUNK : GROUP; /* for several groups what is to be known of factors is found out once */
+    float x[CHUNK];
     int64_t start = 0;
-    for (; start + GROUP <= n; start += GROUP)
-        dequantize_group(codes, widened(scales[start / GROUP]), bits, start, GROUP, kind, limit, dense);
-    if (start < n)
-        dequantize_group(codes, widened(scales[start / GROUP]), bits, start, (int)(n - start), kind, limit, dense);
+    for (; start + chunk <= n; start += chunk) {
+        for (int i = 0; i < chunk; i += GROUP)
+            dequantize_group(codes, widened(scales[(start + i) / GROUP]), bits, start + i, GROUP, limit, x + i);
+        store(x, start, chunk, kind, by, dense);
+    }
+    for (; start < n; start += GROUP) {
+        int count = n - start < GROUP ? (int)(n - start) : GROUP;
+        dequantize_group(codes, widened(scales[start / GROUP]), bits, start, count, limit, x);
+        store(x, start, count, kind, by, dense);
+    }
 }
 
 /* A bit for each element that is neither at or below lower nor at or above upper. Infinity, which is no bound, must be
@@ -434,22 +497,29 @@ void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, cons
         quantize_groups(x, BFLOAT16, n, used, 16, top, most, codes, scales);
 }
 
-void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit, void *dense)
+/* The codes of each kind, as elements of KIND. */
+#define DEQUANTIZE(KIND, BY)                                                                                           \
+    if (bits == 2)                                                                                                     \
+        levels(codes, scales, n, KIND, limit, BY, dense);                                                              \
+    else if (bits == 4)                                                                                                \
+        dequantize_groups(codes, scales, 4, n, KIND, limit, BY, dense);                                                \
+    else if (bits == 8)                                                                                                \
+        dequantize_groups(codes, scales, 8, n, KIND, limit, BY, dense);                                                \
+    else                                                                                                               \
+        dequantize_groups(codes, scales, 16, n, KIND, limit, BY, dense);
+
+void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit,
+                       const float *weight, const float *bias, int64_t inner, int64_t sections, float lower,
+                       float upper, int result, void *dense)
 {
-    if (kind == FLOAT32 && bits == 2)
-        levels(codes, scales, n, FLOAT32, limit, dense);
-    else if (bits == 2)
-        levels(codes, scales, n, BFLOAT16, limit, dense);
-    else if (kind == FLOAT32 && bits == 8)
-        dequantize_groups(codes, scales, 8, n, FLOAT32, limit, dense);
-    else if (kind == FLOAT32 && bits == 4)
-        dequantize_groups(codes, scales, 4, n, FLOAT32, limit, dense);
-    else if (kind == FLOAT32)
-        dequantize_groups(codes, scales, 16, n, FLOAT32, limit, dense);
-    else if (bits == 8)
-        dequantize_groups(codes, scales, 8, n, BFLOAT16, limit, dense);
-    else if (bits == 4)
-        dequantize_groups(codes, scales, 4, n, BFLOAT16, limit, dense);
+    struct rescaling by = {weight, bias, inner, sections, lower, upper, result, 0, inner};
+    if (weight || bias) {
+        if (kind == FLOAT32)
+            DEQUANTIZE(FLOAT32, &by)
+        else
+            DEQUANTIZE(BFLOAT16, &by)
+    } else if (kind == FLOAT32)
+        DEQUANTIZE(FLOAT32, 0)
     else
-        dequantize_groups(codes, scales, 16, n, BFLOAT16, limit, dense);
+        DEQUANTIZE(BFLOAT16, 0)
 }

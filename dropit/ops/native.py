@@ -70,12 +70,32 @@ def quantize(x: Tensor, bits: int, statistics: reference.Statistics | None = Non
     return codes, scales
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    """As :func:`dropit.ops.reference.dequantize`, to float32 or bfloat16, from 16, 8, 4 or 2 bits."""
-    dense = torch.empty(n, dtype=dtype, device=codes.device)
+def dequantize(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: reference.Rescaling | None = None
+) -> Tensor:
+    """As :func:`dropit.ops.reference.dequantize`, of float32 or bfloat16, from 16, 8, 4 or 2 bits."""
+    by = rescaling or reference.Rescaling(None, None, 1)
+    weight, bias = (None if each is None else each.float() for each in by[:2])
+    given = weight if bias is None else bias
+    result = by.result_type(dtype)
+    dense = torch.empty(n, dtype=result, device=codes.device)
     bits = 2 if scales.dim() == 2 else _BITS[codes.dtype]
-    limit = torch.finfo(dtype).max
-    _function("dequantize")(codes.data_ptr(), scales.data_ptr(), bits, n, _KINDS[dtype], limit, dense.data_ptr())
+    _function("dequantize")(
+        codes.data_ptr(),
+        scales.data_ptr(),
+        bits,
+        n,
+        _KINDS[dtype],
+        torch.finfo(dtype).max,
+        None if weight is None else weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        by.inner,
+        1 if given is None else given.numel(),
+        by.lower,
+        by.upper,
+        _KINDS[result],
+        dense.data_ptr(),
+    )
     return dense
 
 
@@ -106,7 +126,10 @@ def _function(name: str) -> ctypes._NamedFuncPointer:
     address, integer, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     types = {
         "quantize": [address, integer, size, address, address, size, size, integer, number, number, address, address],
-        "dequantize": [address, address, integer, size, integer, number, address],
+        "dequantize": [
+            *[address, address, integer, size, integer, number],
+            *[address, address, size, size, number, number, integer, address],
+        ],
         "mark": [address, integer, size, number, number, address],
         "keep": [address, integer, size, address, address],
         "digest": [address, size],

@@ -353,8 +353,53 @@ def normalize(x: Tensor, statistics: Statistics) -> Tensor:
     return (centered * rstd.reshape(-1, 1)).view(-1)
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``, to which the products are rounded once."""
+class Rescaling(NamedTuple):
+    """x * weight + bias of (n,), then bounded by ``lower`` and ``upper``, then in ``dtype``.
+
+    Element i has the weight and the bias, one of them or both, at place ``i // inner % len(weight)``. ``dtype``: where
+    it is narrower than what their product has.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    inner: int
+    lower: float = -math.inf
+    upper: float = math.inf
+    dtype: torch.dtype | None = None
+
+    def result_type(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of the result for elements of ``dtype``."""
+        if self.dtype is not None:
+            return self.dtype
+        given = (each.dtype for each in (self.weight, self.bias) if each is not None)
+        return functools.reduce(torch.promote_types, given, dtype)
+
+
+def rescale(x: Tensor, by: Rescaling) -> Tensor:
+    """Apply ``by`` to (n,), computed in float32 or in what is wider; it may be in the memory of ``x``."""
+    result = by.result_type(x.dtype)
+    wide = torch.promote_types(result, torch.promote_types(x.dtype, torch.float32))
+    weight, bias = (None if each is None else each.to(wide).reshape(-1, 1) for each in (by.weight, by.bias))
+    given = weight if bias is None else bias
+    assert given is not None
+    rows, in_place = x.to(wide).view(-1, given.numel(), by.inner), _can_look(x)
+    # Apart: addcmul rounds once or twice, as it was compiled.
+    if weight is not None:
+        rows = rows.mul_(weight) if in_place else rows * weight
+    if bias is not None:
+        rows = rows.add_(bias) if in_place else rows + bias
+    if by.lower > -math.inf or by.upper < math.inf:
+        rows = rows.clamp_(by.lower, by.upper)
+    return rows.view(-1).to(result)
+
+
+def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: Rescaling | None = None) -> Tensor:
+    """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``, to which the products are rounded once.
+
+    ``rescaling``: what is done with it then; the result has the dtype that this gives.
+    """
+    if rescaling is not None:
+        return rescale(dequantize(codes, scales, dtype, n), rescaling)
     if n == 0:
         return scales.new_empty(0, dtype=dtype)
     if scales.dim() == 2:

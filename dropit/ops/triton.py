@@ -31,6 +31,7 @@ from dropit.packed import (
 from dropit.tracing import is_plain
 
 _BLOCK = tl.constexpr(OFFSET_BLOCK)
+_KINDS = {torch.bfloat16: 1, torch.float16: 2}
 _GROUP = tl.constexpr(SCALE_GROUP)
 _LEVELS = tl.constexpr(LEVELS_GROUP)
 
@@ -309,8 +310,69 @@ def _load_codes(codes, rows, nbytes, BITS: tl.constexpr, GROUP: tl.constexpr, RO
 
 
 @triton.jit
-def _dequantize_levels(codes, scales, dense, n, nbytes, LIMIT: tl.constexpr, ROWS: tl.constexpr):
-    """Offset + code * scale, no larger than LIMIT."""
+def _rescaled(
+    x,
+    first,
+    columns,
+    weight,
+    bias,
+    inner,
+    sections,
+    lower,
+    upper,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+):
+    """``x`` times weight plus bias, between bounds; ``first``: element of each row.
+
+    KIND: to what ``x`` is rounded before, bfloat16 (1) or float16 (2). RESCALED: by one weight a row (1), by those in
+    order (2), or by any (3); 0 leaves ``x`` alone.
+    """
+    if RESCALED:
+        if KIND == 1:
+            x = _to_bfloat16(x).to(tl.float32)
+        elif KIND == 2:
+            x = x.to(tl.float16).to(tl.float32)
+        if RESCALED == 1:
+            which = (first // inner % sections)[:, None]
+        elif RESCALED == 2:
+            which = (first % sections)[:, None] + columns[None, :]
+        else:
+            which = (first[:, None] + columns[None, :]) // inner % sections
+        if WEIGHTED:
+            x = x * tl.load(weight + which).to(tl.float32)
+        if BIASED:
+            x = x + tl.load(bias + which).to(tl.float32)
+        if BOUNDED:  # and NaN as it is
+            x = tl.where(x < lower, lower, tl.where(x > upper, upper, x))
+    return x
+
+
+@triton.jit
+def _dequantize_levels(
+    codes,
+    scales,
+    dense,
+    n,
+    nbytes,
+    weight,
+    bias,
+    inner,
+    sections,
+    lower,
+    upper,
+    LIMIT: tl.constexpr,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Offset + code * scale, no larger than LIMIT, and rescaled."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _LEVELS)
     at = rows.to(tl.int64)[:, None] * _LEVELS + columns[None, :]
@@ -327,14 +389,50 @@ def _dequantize_levels(codes, scales, dense, n, nbytes, LIMIT: tl.constexpr, ROW
         product = tl.minimum(product, 1.7976931348623157e308)  # else it is fused with the sum; in float32 it is exact
     value = tl.minimum(tl.maximum((offset * 0.125)[:, None] + product, -LIMIT * 0.125), LIMIT * 0.125) * 8
     value = tl.where((offset != offset)[:, None], float("nan"), value)
+    value = _rescaled(
+        value,
+        rows * _LEVELS,
+        columns,
+        weight,
+        bias,
+        inner,
+        sections,
+        lower,
+        upper,
+        KIND,
+        WEIGHTED,
+        BIASED,
+        BOUNDED,
+        RESCALED,
+    )
     kind = dense.dtype.element_ty
     rounded = _to_bfloat16(value) if kind == tl.bfloat16 else value.to(kind)
     tl.store(dense + at, rounded, mask=at < n)
 
 
 @triton.jit
-def _dequantize_groups(codes, scales, dense, n, nbytes, LIMIT: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr):
-    """Codes times scales, no larger than LIMIT; NaN for the lowest code."""
+def _dequantize_groups(
+    codes,
+    scales,
+    dense,
+    n,
+    nbytes,
+    weight,
+    bias,
+    inner,
+    sections,
+    lower,
+    upper,
+    LIMIT: tl.constexpr,
+    KIND: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    RESCALED: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Codes times scales, no larger than LIMIT, and rescaled; NaN for the lowest code."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, _GROUP)
     at = rows.to(tl.int64)[:, None] * _GROUP + columns[None, :]
@@ -349,6 +447,22 @@ def _dequantize_groups(codes, scales, dense, n, nbytes, LIMIT: tl.constexpr, BIT
         wide = scale.to(tl.float32)
     product = tl.minimum(tl.maximum(code.to(wide.dtype) * wide[:, None], -LIMIT), LIMIT)
     product = tl.where(code == -(1 << (BITS - 1)), float("nan"), product)
+    product = _rescaled(
+        product,
+        rows * _GROUP,
+        columns,
+        weight,
+        bias,
+        inner,
+        sections,
+        lower,
+        upper,
+        KIND,
+        WEIGHTED,
+        BIASED,
+        BOUNDED,
+        RESCALED,
+    )
     kind = dense.dtype.element_ty
     rounded = _to_bfloat16(product) if kind == tl.bfloat16 else product.to(kind)
     tl.store(dense + at, rounded, mask=at < n)
@@ -541,17 +655,34 @@ def _launch_quantizer(
 
 
 @_operator("dequantize_groups")
-def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    """(n,) of ``dtype``."""
-    dense = torch.empty(n, dtype=dtype, device=codes.device)
-    limit = torch.finfo(dtype).max
-    if scales.dim() == 2:
-        _launch(_dequantize_levels, _LEVELS_SIZE, codes, len(scales), codes, scales, dense, n, len(codes), LIMIT=limit)
-        return dense
-    bits = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[codes.dtype]
+def _dequantize_op(
+    codes: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+    n: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    inner: int,
+    lower: float,
+    upper: float,
+    result: torch.dtype,
+) -> Tensor:
+    """(n,) of ``result``."""
+    dense = torch.empty(n, dtype=result, device=codes.device)
+    given = weight if bias is None else bias
+    sections = 1 if given is None else given.numel()
+    kernel, size, group = (
+        (_dequantize_levels, _LEVELS_SIZE, LEVELS_GROUP)
+        if scales.dim() == 2
+        else (_dequantize_groups, _GROUPS, SCALE_GROUP)
+    )
+    constants: dict[str, Any] = {"LIMIT": torch.finfo(dtype).max, "KIND": _KINDS.get(dtype, 0)}
+    if scales.dim() == 1:
+        constants["BITS"] = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[codes.dtype]
+    in_order = 2 if inner == 1 and sections % group == 0 else 3
     _launch(
-        _dequantize_groups,
-        _GROUPS,
+        kernel,
+        size,
         codes,
         len(scales),
         codes,
@@ -559,8 +690,17 @@ def _dequantize_op(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) ->
         dense,
         n,
         len(codes),
-        LIMIT=limit,
-        BITS=bits,
+        codes if weight is None else weight,
+        codes if bias is None else bias,
+        inner,
+        sections,
+        lower,
+        upper,
+        WEIGHTED=weight is not None,
+        BIASED=bias is not None,
+        BOUNDED=lower > -math.inf or upper < math.inf,
+        RESCALED=0 if given is None else 1 if inner % group == 0 else in_order,
+        **constants,
     )
     return dense
 
@@ -655,9 +795,17 @@ def quantize(
     return _quantize_op(x, noise, bits, mean, rstd, inner)  # type: ignore[no-any-return]
 
 
-def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int) -> Tensor:
-    """As :func:`dropit.ops.reference.dequantize`."""
-    return _dequantize_op(codes if codes.dim() == 1 else codes.reshape(-1), scales, dtype, n)  # type: ignore[no-any-return]
+def dequantize(
+    codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: reference.Rescaling | None = None
+) -> Tensor:
+    """As :func:`dropit.ops.reference.dequantize`, but that on a GPU product and sum are rounded once."""
+    codes = codes if codes.dim() == 1 else codes.reshape(-1)
+    if rescaling is None:
+        return _dequantize_op(codes, scales, dtype, n, None, None, 1, -math.inf, math.inf, dtype)  # type: ignore[no-any-return]
+    result = rescaling.result_type(dtype)
+    if torch.float64 in (dtype, result) or n >= 2**31:  # bounds reach a kernel in single precision
+        return reference.rescale(dequantize(codes, scales, dtype, n), rescaling)
+    return _dequantize_op(codes, scales, dtype, n, *rescaling[:5], result)  # type: ignore[no-any-return]
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:

@@ -269,6 +269,26 @@ def test_scales_of_all_sizes(compiled, dtype, bits):
         assert torch.equal(bits_of(dense), bits_of(expected))
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize(("sections", "inner"), [(1, 50), (7, 1), (300, 1), (64, 1), (3, 32), (5, 49), (4, 700)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_restored_and_rescaled(compiled, dtype, bits, sections, inner):
+    rng = np.random.default_rng(inner)
+    x = awkward(rng, 3 * sections * inner, dtype)
+    codes, scales = reference.quantize(x, bits)
+    weight, bias = torch.randn(sections), torch.randn(sections)
+    for by in (
+        reference.Rescaling(weight, bias, inner),
+        reference.Rescaling(weight, None, inner, 0.0),
+        reference.Rescaling(None, bias, inner, -0.3, 0.7),
+        reference.Rescaling(weight.to(dtype), bias.to(dtype), inner, 0.0, 6.0),
+        reference.Rescaling(weight, bias, inner, dtype=torch.bfloat16),
+    ):
+        got, expected = (way.dequantize(codes, scales, dtype, len(x), by) for way in (cpu, reference))
+        assert got.dtype is expected.dtype
+        assert torch.equal(bits_of(got), bits_of(expected))
+
+
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 31, 32, 33, 999, 4096 + 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_marks_and_what_is_marked(compiled, dtype, n):

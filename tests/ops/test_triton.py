@@ -11,6 +11,7 @@ from torch import nn
 import dropit
 from dropit import ops
 from dropit.ops import reference, triton
+from dropit.ops.reference import Rescaling
 from dropit.packed import flatten
 from tests.ops.test_cpu import awkward, bits_of, same
 from tests.ops.test_reference import scattered_groups
@@ -147,6 +148,33 @@ def test_quantization_over_the_whole_range_and_of_what_is_not_finite(dtype, bits
     expected = reference.dequantize(steps, scales, dtype, len(x))
     assert torch.equal(dense.isnan(), ~x.isfinite())
     assert torch.equal(bits_of(dense), bits_of(expected))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4, 2])
+@pytest.mark.parametrize(("sections", "inner"), [(1, 50), (7, 1), (128, 1), (3, 64), (5, 49)])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_what_is_restored_and_rescaled(dtype, bits, sections, inner):
+    x = torch.randn(3 * sections * inner).to(dtype).to(DEVICE)
+    x[:1] = float("nan")
+    codes, scales = reference.quantize(x, bits)
+    if scales.dtype is not torch.bfloat16 and dtype is not torch.float64:
+        pytest.skip("takes no less")
+    wide = torch.promote_types(dtype, torch.float32)
+    weight, bias = (torch.randn(sections, device=DEVICE) for _ in range(2))
+    for by in (
+        Rescaling(weight, bias, inner),
+        Rescaling(weight.to(dtype), None, inner, 0.0),
+        Rescaling(None, bias, inner, -0.5, 0.75),
+        Rescaling(weight.to(wide), bias.to(wide), inner, 0.0, dtype=torch.bfloat16),
+    ):
+        dense, expected = (module.dequantize(codes, scales, dtype, len(x), by) for module in (triton, reference))
+        assert dense.dtype is expected.dtype
+        assert torch.equal(dense.isnan(), expected.isnan())
+        if DEVICE == "cpu":
+            assert torch.equal(dense.nan_to_num(0), expected.nan_to_num(0))
+        else:  # where product and sum are rounded once
+            rounding = 4 * torch.finfo(dense.dtype).eps
+            torch.testing.assert_close(dense, expected, rtol=rounding, atol=4 * rounding, equal_nan=True)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4, 2])
