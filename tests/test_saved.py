@@ -88,7 +88,7 @@ def test_what_is_dequantized_is_rescaled_bounded_and_cast_in_the_same_step(name,
         with torch.no_grad():
             torch.testing.assert_close(saved.restore(), rescaled)
             torch.testing.assert_close(narrower.restore(), rescaled.clamp(min=0).to(torch.bfloat16))
-        assert narrower.restore().stride() == x.stride()
+        assert generic or narrower.restore().stride() == x.stride()
         assert len(saved.recipe.steps) == (2 if generic else 1)
         assert generic or dtype is torch.float64 or len(narrower.recipe.steps) == 1
         assert "-> affine -> relu" in repr(narrower)
