@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dropit.ops import triton as kernels
+from dropit.ops.reference import Rescaling
 from dropit.packed import Layout
 
 TARGETS = {"A100": 80, "H200": 90}
@@ -98,7 +99,7 @@ class Compiled(NamedTuple):
 def launches() -> dict[str, Launch]:
     """Every kernel as it is launched for tensors of N elements, by name."""
     found: dict[str, Launch] = {}
-    title = ""
+    title, eight = "", ()
 
     def record(kernel: Any, size: tuple[int, int], x: Tensor, rows: int, *arguments: Any, **constants: Any) -> None:
         names = [name for name in kernel.arg_names if name not in constants and name != "ROWS"]
@@ -124,6 +125,11 @@ def launches() -> dict[str, Launch]:
                 codes, scales = kernels.quantize(x, width)
                 title = f"dequantize from {width} bits, {kind}"
                 kernels.dequantize(codes, scales, dtype, N)
+                eight = (codes, scales) if width == 8 else eight
+            for name, inner in (("by row", 1024), ("by element", 1)):
+                title = f"dequantize from 8 bits, rescale {name}, bound, {kind}"
+                by = Rescaling(torch.empty(1024), torch.empty(1024), inner, 0.0, dtype=dtype)
+                kernels.dequantize(*eight, dtype, N, by)
             statistics = torch.empty(N // 1024), torch.empty(N // 1024)
             title = f"normalize by row, quantize to 8 bits, {kind}"
             kernels.quantize(x, 8, statistics=(*statistics, 1024))

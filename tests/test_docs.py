@@ -227,7 +227,7 @@ def test_the_table_of_architectures_is_what_the_benchmark_prints(workplace):
     [
         ("step", 8, 1),
         ("ops", 6, 36),
-        ("error", 10, 2),
+        ("error", 11, 2),
         ("budget", 8, 2),
         ("rate", 2, 20),
         ("calls", 5, 2),

@@ -2,10 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 
 import pytest
+
+from tests import processes
 
 pytest.importorskip("triton")
 
@@ -14,8 +15,7 @@ pytest.importorskip("triton")
 def steps():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.synchronization"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = processes.run(command, env=environment, check=True, cwd=processes.ROOT)
     return json.loads(done.stdout)
 
 
