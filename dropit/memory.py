@@ -114,7 +114,7 @@ class CacheMeter:
 
     def saved_elsewhere(self, fqn: str) -> dict[str, int]:
         """Bytes of the module's inputs that others save and it does not, by operator and module ("Relu in layer1")."""
-        inputs = {storage.cdata for storage in self._inputs[fqn]} if fqn in self._inputs else set()
+        inputs = dict.fromkeys(storage.cdata for storage in self._inputs.get(fqn, ()))
         storages = self._storages()
         if self._by_storage is None:
             self._by_storage = {saved.storage: saved for saved in storages}

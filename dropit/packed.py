@@ -82,10 +82,12 @@ def is_dense_in_memory(x: Tensor) -> bool:
 def repeats(layout: Layout, shape: Sequence[int]) -> int:
     """How many elements that follow each other in memory have the same one of a tensor of ``shape`` that broadcasts.
 
-    0 where those do not follow each other in their own order.
+    0 where those do not follow each other in their own order, or it is broadcast to that.
     """
     dims = [dim for dim in layout.order if layout.shape[dim] > 1]
     missing = len(layout.shape) - len(shape)
+    if missing < 0 or any(size not in (1, layout.shape[dim + missing]) for dim, size in enumerate(shape)):
+        return 0
     own = [dim + missing for dim, size in enumerate(shape) if size > 1]
     if not own:
         return layout.numel

@@ -86,13 +86,16 @@ class _Publication(NamedTuple):
 
         On a CPU it is computed here and compared, in place of the digest, which is of the whole.
         """
-        published, index = self.now(), index_in(source, x)
-        saved = published.saved
-        if saved is None or not saved.recipe.pointwise or index is None or self.snapshot.version != source._version:
+        saved = self.published.saved
+        if saved is None or not saved.recipe.pointwise or self.snapshot.version != source._version:
             return None
+        index, published = index_in(source, x), self.now()
+        if index is None or published.saved is None:
+            return None if index is None else published
         saved = saved.part(index)
-        with torch.no_grad():
-            if x.device.type == "cpu" and not torch.equal(saved.restore(), x):
+        # Hidden from autocast, and from dispatch modes that count operations.
+        with torch.no_grad(), torch._C._DisableAutocast(), torch._C._DisableTorchDispatch():
+            if x.device.type == "cpu" and type(x) is Tensor and not torch.equal(saved.restore(), x.detach()):
                 return None
         return published._replace(saved=saved)
 

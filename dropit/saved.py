@@ -131,8 +131,8 @@ class Saved(NamedTuple):
             return self
         if len(self.recipe.steps) == 1 and first.codes is not None and first.rescaling is None and not is_traced():
             inner = repeats(first.codes, given.shape)
-            if inner:
-                tensors = (None if each is None else each.reshape(-1) for each in (weight, bias))
+            if inner and all(each is None or each.shape == given.shape for each in (weight, bias)):
+                tensors = (None if each is None else each.reshape(-1).contiguous() for each in (weight, bias))
                 step = _rescaling_step("affine", first, Rescaling(None, None, inner))
                 return Saved(Recipe((step,)), (*self.tensors, *tensors))
         return self.map("affine", partial(_affine, False), weight, bias, in_place=partial(_affine, True))

@@ -90,8 +90,25 @@ def test_what_is_dequantized_is_rescaled_bounded_and_cast_in_the_same_step(name,
             torch.testing.assert_close(narrower.restore(), rescaled.clamp(min=0).to(torch.bfloat16))
         assert generic or narrower.restore().stride() == x.stride()
         assert len(saved.recipe.steps) == (2 if generic else 1)
-        assert generic or dtype is torch.float64 or len(narrower.recipe.steps) == 1
+        assert generic or len(narrower.recipe.steps) == 1
         assert "-> affine -> relu" in repr(narrower)
+
+
+def test_factors_of_two_forms_or_of_none_that_fits_are_no_part_of_that_step():
+    packed = quantize(torch.randn(4, 64), 8)
+    for weight, bias in (
+        (torch.randn(1), torch.randn(64)),
+        (torch.randn(3, 4, 64), None),
+        (torch.randn(64), torch.randn(4, 1)),
+    ):
+        saved = Saved.of(packed).affine(weight, bias)
+        assert len(saved.recipe.steps) == 2
+        expected = ops.unpack(packed) * weight + (0 if bias is None else bias)
+        torch.testing.assert_close(saved.restore(), expected)
+    strided = torch.randn(64, 2)[:, 0]
+    saved = Saved.of(packed).affine(strided, None)
+    assert len(saved.recipe.steps) == 1
+    torch.testing.assert_close(saved.restore(), ops.unpack(packed) * strided)
 
 
 def test_only_what_comes_next_is_done_in_the_same_step():

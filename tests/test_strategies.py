@@ -167,16 +167,10 @@ def test_mink_c_keeps_the_channels_of_the_largest_norm():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_norms_of_channels_rank_as_in_double_whatever_the_threads(dtype):
+def test_norms_of_channels_rank_as_in_double(dtype):
     x = (torch.randn(64, 40, 33) * torch.linspace(100, 400, 40).view(1, 40, 1)).to(dtype)  # squares beyond float16
-    threads, results = torch.get_num_threads(), []
-    for count in (1, 2, 4):
-        torch.set_num_threads(count)
-        results.append(kept(MinKChannels(0.8), x, channel_dim=1))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], other) for other in results)
-    largest_norms = x.double().norm(dim=(0, 2)).topk(8).indices
-    assert results[0].any(2).all(0).nonzero().squeeze(1).tolist() == sorted(largest_norms.tolist())
+    channels = kept(MinKChannels(0.8), x, channel_dim=1).any(2).all(0).nonzero().squeeze(1)
+    assert channels.tolist() == sorted(x.double().norm(dim=(0, 2)).topk(8).indices.tolist())
 
 
 def test_channels_are_stored_whole_with_a_bit_each():

@@ -54,8 +54,9 @@ class Curve(NamedTuple):
     ``center``: where f is bounded from both sides, the middle of its range. y is saved then, relative to it, and
     ``backward`` takes y in the place of x.
 
-    ``jump``: where f' jumps, at plus and minus that. In 16 bits a bit more for each element says on which side of it x
-    was; in fewer, the error of the few elements that rounding leads across is small beside that of all.
+    ``jump``: where f' jumps, at plus and minus that, to what it is there, too. In 16 bits a bit more for each element
+    says on which side of it x was; in fewer, the error of the few elements that rounding leads across is small beside
+    that of all.
     """
 
     function: Callable[[Tensor, bool], Tensor]
@@ -70,6 +71,8 @@ _SILU_FLOOR = {2: -3.6, 4: -3.6, 8: -7.5, 16: -14.0}  # f' is -0.067, -0.0036, -
 # Of the sigmoid, which is 2e-9 there, where it is a factor or softplus' derivative: all of a tensor may be far left, as
 # the logarithms of a Mamba's steps are, so that only what is huge or infinite is bounded.
 SIGMOID_FLOOR = dict.fromkeys((2, 4, 8, 16), -20.0)
+# Before PyTorch 2.8 the derivative at the jump itself is that of between.
+_JUMPS_BEHIND = bool(_aten.hardswish_backward(torch.ones(1, device="cpu"), torch.full((1,), 3.0, device="cpu")) > 1)
 # f' jumps from 0 to -1/2 at -3, which rounding must not cross: half a step is less than 1 as long as all magnitudes of
 # the group are below 2 steps, 14 in 4 bits. The levels of 2 bits follow the group, and may cross it.
 _HARDSWISH_FLOOR = dict.fromkeys((2, 4, 8, 16), -4.0)
@@ -224,15 +227,15 @@ def _save_input(x: Tensor, curve: Curve, saver: Saver) -> Saved:
 def _with_sides(x: Tensor, saved: Saved, jump: float) -> Saved:
     """Return ``saved``, of ``x``, with a bit for each element: whether it lies between minus and plus ``jump``."""
     flat, layout = flatten(x.detach())
-    below = jump * (1 - torch.finfo(x.dtype).eps)
-    sides = partial(_on_its_side, jump, below, layout)
-    return saved.map("side", sides, ops.range_bitmask(flat, -jump, jump))
+    apart = jump * torch.finfo(x.dtype).eps
+    below, above = (jump, jump + apart) if _JUMPS_BEHIND else (jump - apart, jump)
+    return saved.map("side", partial(_on_its_side, below, above, layout), ops.range_bitmask(flat, -above, above))
 
 
-def _on_its_side(jump: float, below: float, layout: Layout, x: Tensor, bits: Tensor) -> Tensor:
-    """``x``, moved to ``below`` where it crossed the jump from inside, or to the jump where it did from outside."""
+def _on_its_side(below: float, above: float, layout: Layout, x: Tensor, bits: Tensor) -> Tensor:
+    """``x``, moved to ``below`` where it crossed the jump from inside, or to ``above`` where it did from outside."""
     inside = unflatten(ops.unpack_bits(bits, layout.numel), layout)
-    outside = torch.where(x < 0, x.clamp(max=-jump), x.clamp(min=jump))
+    outside = torch.where(x < 0, x.clamp(max=-above), x.clamp(min=above))
     return torch.where(inside, x.clamp(-below, below), outside)
 
 

@@ -92,19 +92,10 @@ class DropITConvFunction(LayerFunction):
         # Of the input, grad_input needs the shape, and the layout for its own.
         input = ctx.recipe.restore(*saved[: ctx.count]) if of_input else placeholder(ctx, grad_output)
         through = weight if anchor is None else anchor
-        if weight is None:
+        if weight is None and (wanted[0] or wanted[1]):
             weight, through = ctx.of_weight.restore(*saved[ctx.count :]), grad_output
-        bias_shape = [grad_output.shape[1]]
-        grad_input = grad_weight = grad_bias = None
-        if wanted[0] or of_input:
-            mask = (wanted[0], of_input, wanted[2])
-            computed = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *ctx.geometry, mask)
-            # In one dimension PyTorch returns more than it is asked for.
-            grad_input, grad_weight, grad_bias = (
-                grad if asked else None for grad, asked in zip(computed, mask, strict=True)
-            )
-        elif wanted[2]:
-            grad_bias = grad_output.sum([dim for dim in range(grad_output.dim()) if dim != 1])
+        mask = (wanted[0], of_input, wanted[2])
+        grad_input, grad_weight, grad_bias = _gradients(grad_output, input, weight, ctx.geometry, mask)
         if by_channels:
             kept = ctx.recipe.restore_channels(*saved[: ctx.count])
             grad_weight = _grad_weight(grad_output, weight, ctx.geometry, *kept)
@@ -113,6 +104,19 @@ class DropITConvFunction(LayerFunction):
         if grad_input is not None and ctx.of_weight is not None:
             grad_input = first_order_only(grad_input, through)
         return grad_input, grad_weight, grad_bias, *[None] * (len(saved) + 5)
+
+
+def _gradients(
+    grad_output: Tensor, input: Tensor, weight: Tensor | None, geometry: Geometry, mask: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """Those of input, weight and bias that the mask wants; None for the others."""
+    if not (mask[0] or mask[1]):
+        dims = [dim for dim in range(grad_output.dim()) if dim != 1]
+        return [None, None, grad_output.sum(dims) if mask[2] else None]
+    bias_shape = [grad_output.shape[1]]
+    computed = torch.ops.aten.convolution_backward(grad_output, input, weight, bias_shape, *geometry, mask)
+    # In one dimension PyTorch returns more than it is asked for.
+    return [grad if wanted else None for grad, wanted in zip(computed, mask, strict=True)]
 
 
 def _grad_weight(grad_output: Tensor, weight: Tensor, geometry: Geometry, kept: Tensor, channels: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def wanted_gradients(ctx: Any, count: int) -> tuple[bool, ...]:
 def _is_executed(node: Any) -> bool:
     try:
         return torch._C._will_engine_execute_node(node)  # type: ignore[no-any-return]
-    except RuntimeError:  # a leaf, by which torch.autograd.grad differentiates
+    except RuntimeError:  # a leaf by which torch.autograd.grad differentiates, or no pass of autograd's engine
         return True
 
 

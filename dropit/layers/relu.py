@@ -102,11 +102,12 @@ def dropit_relu(
     output = in_place(
         inplace, input, lambda x, inplace: apply(DropITReLUFunction, x, lower, upper, slope, inplace, link_to(x))
     )
-    if published is not None and slope:
-        published = published.map("relu", partial(F.leaky_relu, negative_slope=slope))
-    elif published is not None:
-        published = published.clamp("relu", lower, upper)
-    return memo.publish(output, published)
+    if published is None:
+        return output
+    if slope:
+        leaky, in_place_leaky = (partial(F.leaky_relu, negative_slope=slope, inplace=each) for each in (False, True))
+        return memo.publish(output, published.map("relu", leaky, in_place=in_place_leaky))
+    return memo.publish(output, published.clamp("relu", lower, upper))
 
 
 @register

@@ -327,7 +327,7 @@ INLINE void levels_group(const uint8_t *codes, const uint16_t *levels, int64_t s
     store(x, start, count, kind, by, dense);
 }
 
-INLINE void levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit,
+INLINE void dequantize_levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit,
                    struct rescaling *by, void *dense)
 {
     int64_t start = 0;
@@ -500,7 +500,7 @@ void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, cons
 /* The codes of each kind, as elements of KIND. */
 #define DEQUANTIZE(KIND, BY)                                                                                           \
     if (bits == 2)                                                                                                     \
-        levels(codes, scales, n, KIND, limit, BY, dense);                                                              \
+        dequantize_levels(codes, scales, n, KIND, limit, BY, dense);                                                   \
     else if (bits == 4)                                                                                                \
         dequantize_groups(codes, scales, 4, n, KIND, limit, BY, dense);                                                \
     else if (bits == 8)                                                                                                \

@@ -38,9 +38,9 @@ _loaded: ctypes.CDLL | None = None
 
 
 def takes(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether the functions here can be called for ``x``, with statistics in ``others``."""
+    """Whether the functions here can be called for ``x`` and what goes with it."""
     for each in (x, *others):
-        if each is not None and not (is_plain(each) and each.is_contiguous()):
+        if each is not None and not (is_plain(each) and each.is_contiguous() and each.device == x.device):
             return False
     return (_loaded is not None or x.numel() >= _WORTH) and shared_object() is not None
 

@@ -490,7 +490,7 @@ def rounded(bound: float, dtype: torch.dtype) -> float:
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
-    """Bits of where ``flat`` (n,) is neither at or below ``lower`` nor at or above ``upper``; NaN is not."""
+    """Bits of where ``flat`` (n,) is neither at or below ``lower`` nor at or above ``upper``, as NaN is not."""
     outside = flat <= lower
     if upper < math.inf:
         outside |= flat >= upper

@@ -1,4 +1,6 @@
-"""The operations as Triton kernels: the same results as ``reference``, bit for bit, for tensors on a GPU.
+"""The operations as Triton kernels: the same results as ``reference``, for tensors on a GPU.
+
+They agree bit for bit, but for what is rescaled: there the product and the sum are rounded once.
 
 Each reads its input once and writes its output once; no sort, and nothing in between goes through memory. Imported
 when a tensor on a GPU asks for it. ``TRITON_INTERPRET=1`` runs the kernels on a CPU.
@@ -127,10 +129,15 @@ def _unpack_blocks(
 
 
 @triton.jit
-def _to_bfloat16(x):
-    """Rounded to the nearest, as PyTorch does: what casting alone does differs between backends."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+def _to_bfloat16(x, COMPUTED: tl.constexpr = False):
+    """Rounded to the nearest, as PyTorch does: what casting alone does differs between backends.
+
+    COMPUTED: whether ``x`` may be a NaN of any bits, as arithmetic returns it, which would be rounded to a number.
+    """
+    whole = x.to(tl.int32, bitcast=True)
+    bits = (whole + 0x7FFF + ((whole >> 16) & 1)) >> 16
+    if COMPUTED:
+        bits = tl.where((whole & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, bits)
     return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
@@ -406,7 +413,7 @@ def _dequantize_levels(
         RESCALED,
     )
     kind = dense.dtype.element_ty
-    rounded = _to_bfloat16(value) if kind == tl.bfloat16 else value.to(kind)
+    rounded = _to_bfloat16(value, RESCALED != 0) if kind == tl.bfloat16 else value.to(kind)
     tl.store(dense + at, rounded, mask=at < n)
 
 
@@ -464,7 +471,7 @@ def _dequantize_groups(
         RESCALED,
     )
     kind = dense.dtype.element_ty
-    rounded = _to_bfloat16(product) if kind == tl.bfloat16 else product.to(kind)
+    rounded = _to_bfloat16(product, RESCALED != 0) if kind == tl.bfloat16 else product.to(kind)
     tl.store(dense + at, rounded, mask=at < n)
 
 
@@ -798,7 +805,7 @@ def quantize(
 def dequantize(
     codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: reference.Rescaling | None = None
 ) -> Tensor:
-    """As :func:`dropit.ops.reference.dequantize`, but that on a GPU product and sum are rounded once."""
+    """As :func:`dropit.ops.reference.dequantize`."""
     codes = codes if codes.dim() == 1 else codes.reshape(-1)
     if rescaling is None:
         return _dequantize_op(codes, scales, dtype, n, None, None, 1, -math.inf, math.inf, dtype)  # type: ignore[no-any-return]

@@ -198,6 +198,16 @@ def test_many_gradients_at_once(name):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_many_gradients_at_once_where_whole_channels_are_dropped(name):
+    ours, _, x = pair(name, gamma=0.5, strategy="mink_c")
+    y = ours(x)
+    grads = torch.randn(3, *y.shape, dtype=torch.float64)
+    together = torch.autograd.grad(y, ours.weight, grads, is_grads_batched=True, retain_graph=True)[0]
+    for grad, got in zip(grads, together, strict=True):
+        torch.testing.assert_close(got, torch.autograd.grad(y, ours.weight, grad, retain_graph=True)[0])
+
+
 def test_many_gradients_at_once_of_an_einsum():
     class Scores(nn.Module):
         def __init__(self):
