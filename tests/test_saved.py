@@ -79,10 +79,11 @@ def test_what_is_dequantized_is_rescaled_bounded_and_cast_in_the_same_step(name,
     x, shape, generic = LAYOUTS[name]
     packed = quantize(x.to(dtype), bits)
     weight, bias = torch.randn(shape), torch.randn(shape)
-    dense = ops.unpack(packed)
+    wide = torch.promote_types(dtype, torch.float32)
+    dense = ops.unpack(packed if generic else packed._replace(layout=packed.layout._replace(dtype=wide)))
     for w, b in ((weight, bias), (weight, None), (None, bias)):
         saved = Saved.of(packed).affine(w, b)
-        rescaled = dense.to(torch.promote_types(dtype, torch.float32)) * (1 if w is None else w)
+        rescaled = dense * (1 if w is None else w)
         rescaled = rescaled + (0 if b is None else b)
         narrower = saved.clamp("relu", 0.0, math.inf).cast(torch.bfloat16)
         with torch.no_grad():

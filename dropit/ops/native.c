@@ -169,13 +169,10 @@ INLINE void rescale_group(float *x, int count, struct rescaling *by)
 
 INLINE uint16_t to_bfloat16(float x) { return x == x ? narrowed(x) : NOT_A_NUMBER; }
 
-/* A group, of so many elements, of that kind; by: none where there is no rescaling. */
+/* A group, of so many elements, of that kind, or rescaled; by: none where there is no rescaling. */
 INLINE void store(float *x, int64_t start, int count, int kind, struct rescaling *by, void *dense)
 {
     int result = by ? by->kind : kind;
-    if (by && kind == BFLOAT16)
-        for (int i = 0; i < count; i++)
-            x[i] = widened(to_bfloat16(x[i]));
     if (by)
         rescale_group(x, count, by);
     if (result == FLOAT32)
@@ -513,12 +510,9 @@ void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int6
                        float upper, int result, void *dense)
 {
     struct rescaling by = {weight, bias, inner, sections, lower, upper, result, 0, inner};
-    if (weight || bias) {
-        if (kind == FLOAT32)
-            DEQUANTIZE(FLOAT32, &by)
-        else
-            DEQUANTIZE(BFLOAT16, &by)
-    } else if (kind == FLOAT32)
+    if (weight || bias)
+        DEQUANTIZE(FLOAT32, &by)
+    else if (kind == FLOAT32)
         DEQUANTIZE(FLOAT32, 0)
     else
         DEQUANTIZE(BFLOAT16, 0)

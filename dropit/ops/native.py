@@ -74,7 +74,7 @@ def dequantize(
     codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: reference.Rescaling | None = None
 ) -> Tensor:
     """As :func:`dropit.ops.reference.dequantize`, of float32 or bfloat16, from 16, 8, 4 or 2 bits."""
-    by = rescaling or reference.Rescaling(None, None, 1)
+    by, computed = rescaling or reference.Rescaling(None, None, 1), torch.float32 if rescaling else dtype
     weight, bias = (None if each is None else each.float() for each in by[:2])
     given = weight if bias is None else bias
     result = by.result_type(dtype)
@@ -85,8 +85,8 @@ def dequantize(
         scales.data_ptr(),
         bits,
         n,
-        _KINDS[dtype],
-        torch.finfo(dtype).max,
+        _KINDS[computed],
+        torch.finfo(computed).max,
         None if weight is None else weight.data_ptr(),
         None if bias is None else bias.data_ptr(),
         by.inner,

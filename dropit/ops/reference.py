@@ -375,14 +375,12 @@ class Rescaling(NamedTuple):
         return functools.reduce(torch.promote_types, given, dtype)
 
 
-def rescale(x: Tensor, by: Rescaling) -> Tensor:
-    """Apply ``by`` to (n,), computed in float32 or in what is wider; it may be in the memory of ``x``."""
-    result = by.result_type(x.dtype)
-    wide = torch.promote_types(result, torch.promote_types(x.dtype, torch.float32))
-    weight, bias = (None if each is None else each.to(wide).reshape(-1, 1) for each in (by.weight, by.bias))
+def rescale(x: Tensor, by: Rescaling, result: torch.dtype) -> Tensor:
+    """Apply ``by`` to ``x`` (n,), whose dtype it is computed in, and whose memory it may use: in dtype ``result``."""
+    weight, bias = (None if each is None else each.to(x.dtype).reshape(-1, 1) for each in (by.weight, by.bias))
     given = weight if bias is None else bias
     assert given is not None
-    rows, in_place = x.to(wide).view(-1, given.numel(), by.inner), _can_look(x)
+    rows, in_place = x.view(-1, given.numel(), by.inner), _can_look(x)
     # Apart: addcmul rounds once or twice, as it was compiled.
     if weight is not None:
         rows = rows.mul_(weight) if in_place else rows * weight
@@ -393,13 +391,19 @@ def rescale(x: Tensor, by: Rescaling) -> Tensor:
     return rows.view(-1).to(result)
 
 
+def computed_in(dtype: torch.dtype, by: Rescaling) -> torch.dtype:
+    """Return the dtype that elements of ``dtype`` are rescaled in: float32, or what is wider."""
+    return torch.promote_types(by.result_type(dtype), torch.promote_types(dtype, torch.float32))
+
+
 def dequantize(codes: Tensor, scales: Tensor, dtype: torch.dtype, n: int, rescaling: Rescaling | None = None) -> Tensor:
     """Undo :func:`quantize`, but for what was rounded: (n,) of ``dtype``, to which the products are rounded once.
 
-    ``rescaling``: what is done with it then; the result has the dtype that this gives.
+    ``rescaling``: what is done with it before it is rounded; the result has the dtype that this gives.
     """
     if rescaling is not None:
-        return rescale(dequantize(codes, scales, dtype, n), rescaling)
+        dense = dequantize(codes, scales, computed_in(dtype, rescaling), n)
+        return rescale(dense, rescaling, rescaling.result_type(dtype))
     if n == 0:
         return scales.new_empty(0, dtype=dtype)
     if scales.dim() == 2:

@@ -33,7 +33,6 @@ from dropit.packed import (
 from dropit.tracing import is_plain
 
 _BLOCK = tl.constexpr(OFFSET_BLOCK)
-_KINDS = {torch.bfloat16: 1, torch.float16: 2}
 _GROUP = tl.constexpr(SCALE_GROUP)
 _LEVELS = tl.constexpr(LEVELS_GROUP)
 
@@ -327,7 +326,6 @@ def _rescaled(
     sections,
     lower,
     upper,
-    KIND: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BIASED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -335,14 +333,9 @@ def _rescaled(
 ):
     """``x`` times weight plus bias, between bounds; ``first``: element of each row.
 
-    KIND: to what ``x`` is rounded before, bfloat16 (1) or float16 (2). RESCALED: by one weight a row (1), by those in
-    order (2), or by any (3); 0 leaves ``x`` alone.
+    RESCALED: by one weight a row (1), by those in order (2), or by any (3); 0 leaves ``x`` alone.
     """
     if RESCALED:
-        if KIND == 1:
-            x = _to_bfloat16(x).to(tl.float32)
-        elif KIND == 2:
-            x = x.to(tl.float16).to(tl.float32)
         if RESCALED == 1:
             which = (first // inner % sections)[:, None]
         elif RESCALED == 2:
@@ -372,7 +365,6 @@ def _dequantize_levels(
     lower,
     upper,
     LIMIT: tl.constexpr,
-    KIND: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BIASED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -406,7 +398,6 @@ def _dequantize_levels(
         sections,
         lower,
         upper,
-        KIND,
         WEIGHTED,
         BIASED,
         BOUNDED,
@@ -431,7 +422,6 @@ def _dequantize_groups(
     lower,
     upper,
     LIMIT: tl.constexpr,
-    KIND: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BIASED: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -464,7 +454,6 @@ def _dequantize_groups(
         sections,
         lower,
         upper,
-        KIND,
         WEIGHTED,
         BIASED,
         BOUNDED,
@@ -683,7 +672,7 @@ def _dequantize_op(
         if scales.dim() == 2
         else (_dequantize_groups, _GROUPS, SCALE_GROUP)
     )
-    constants: dict[str, Any] = {"LIMIT": torch.finfo(dtype).max, "KIND": _KINDS.get(dtype, 0)}
+    constants: dict[str, Any] = {"LIMIT": torch.finfo(dtype).max}
     if scales.dim() == 1:
         constants["BITS"] = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}[codes.dtype]
     in_order = 2 if inner == 1 and sections % group == 0 else 3
@@ -811,8 +800,9 @@ def dequantize(
         return _dequantize_op(codes, scales, dtype, n, None, None, 1, -math.inf, math.inf, dtype)  # type: ignore[no-any-return]
     result = rescaling.result_type(dtype)
     if torch.float64 in (dtype, result) or n >= 2**31:  # bounds reach a kernel in single precision
-        return reference.rescale(dequantize(codes, scales, dtype, n), rescaling)
-    return _dequantize_op(codes, scales, dtype, n, *rescaling[:5], result)  # type: ignore[no-any-return]
+        dense = dequantize(codes, scales, reference.computed_in(dtype, rescaling), n)
+        return reference.rescale(dense, rescaling, result)
+    return _dequantize_op(codes, scales, torch.float32, n, *rescaling[:5], result)  # type: ignore[no-any-return]
 
 
 def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
