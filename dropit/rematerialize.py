@@ -51,12 +51,11 @@ class Published(NamedTuple):
         function: Callable[..., Tensor],
         *tensors: Tensor | None,
         in_place: Callable[..., Tensor] | None = None,
-        pointwise: bool = False,
     ) -> Published:
         """Return what is published for ``function`` of the tensor: :meth:`dropit.saved.Saved.map`."""
         if self.saved is None:
             return self
-        return self._replace(saved=self.saved.map(name, function, *tensors, in_place=in_place, pointwise=pointwise))
+        return self._replace(saved=self.saved.map(name, function, *tensors, in_place=in_place))
 
     def clamp(self, name: str, lower: float, upper: float) -> Published:
         """Return what is published for the tensor between the bounds: :meth:`dropit.saved.Saved.clamp`."""

@@ -325,7 +325,7 @@ INLINE void levels_group(const uint8_t *codes, const uint16_t *levels, int64_t s
 }
 
 INLINE void dequantize_levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit,
-                   struct rescaling *by, void *dense)
+                              struct rescaling *by, void *dense)
 {
     int64_t start = 0;
     for (; start + LEVELS_GROUP <= n; start += LEVELS_GROUP)
