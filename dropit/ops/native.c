@@ -1,7 +1,7 @@
 /* The operations on a CPU: the same results as reference.py's, bit for bit, each in one pass.
 
 Compiled by native.py when first needed. Products and sums must not be contracted into one rounding, nor anything be
-reordered: -ffp-contract=off, no -ffast-math. */
+reordered: -ffp-contract=off, no -ffast-math. Long tensors are shared among threads, which see all of a group. */
 
 #include <math.h>
 #include <stdint.h>
@@ -13,7 +13,41 @@ enum { FLOAT32, BFLOAT16 };     /* of the dense tensor */
 enum { INFINITE = 0x7F800000 }; /* its bits */
 enum { NOT_A_NUMBER = 0x7FC0 }; /* in bfloat16 */
 enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2, TOGETHER = 8, CHUNK = 64 };
+enum { PART = 1 << 15 }; /* elements that a thread takes at a time: whole groups, and bytes of bits */
+
 static const float TINY = 1.1754943508222875e-38f, LARGEST = 3.3895313892515355e38f; /* of bfloat16 */
+
+/* Elements start to end of what a job is about. */
+typedef void work_on(const void *job, int64_t start, int64_t end);
+
+/* Starts the threads that PyTorch computes by, if they were found: these hold the cores by spinning, as others' would. */
+static void (*start_threads)(void (*)(void *), void *, unsigned, unsigned);
+
+void dropit_share_threads(void *start) { memcpy(&start_threads, &start, sizeof start); }
+
+struct shared {
+    work_on *work;
+    const void *job;
+    int64_t n, next;
+};
+
+/* Part by part, as a thread whose core is taken by others for a while comes by fewer of them. */
+static void work_on_parts(void *given)
+{
+    struct shared *shared = given;
+    int64_t start;
+    while ((start = __atomic_fetch_add(&shared->next, PART, __ATOMIC_RELAXED)) < shared->n)
+        shared->work(shared->job, start, shared->n - start < PART ? shared->n : start + PART);
+}
+
+static void share(work_on *work, const void *job, int64_t n, int threads)
+{
+    struct shared shared = {work, job, n, 0};
+    if (start_threads && threads > 1 && n > PART)
+        start_threads(work_on_parts, &shared, (unsigned)threads, 0);
+    else
+        work(job, 0, n);
+}
 
 INLINE float from_bits(uint32_t bits)
 {
@@ -53,7 +87,7 @@ struct statistics {
 INLINE void load(float *to, const void *from, int64_t start, int count, int kind, const struct statistics *by)
 {
     if (kind == FLOAT32)
-        memcpy(to, (const float *)from + start, count * sizeof *to);
+        memcpy(to, (const float *)from + start, (size_t)count * sizeof *to);
     else
         for (int i = 0; i < count; i++)
             to[i] = widened(((const uint16_t *)from)[start + i]);
@@ -113,14 +147,13 @@ INLINE void quantize_group(const void *x, int kind, int64_t start, int count, co
     }
 }
 
-INLINE void quantize_groups(const void *x, int kind, int64_t n, const struct statistics *by, int bits, float top,
-                            float most, void *codes, uint16_t *scales)
+INLINE void quantize_groups(const void *x, int kind, int64_t start, int64_t end, const struct statistics *by, int bits,
+                            float top, float most, void *codes, uint16_t *scales)
 {
-    int64_t start = 0;
-    for (; start + GROUP <= n; start += GROUP)
+    for (; start + GROUP <= end; start += GROUP)
         quantize_group(x, kind, start, GROUP, by, bits, top, most, codes, scales);
-    if (start < n)
-        quantize_group(x, kind, start, (int)(n - start), by, bits, top, most, codes, scales);
+    if (start < end)
+        quantize_group(x, kind, start, (int)(end - start), by, bits, top, most, codes, scales);
 }
 
 /* What restored elements go through: times weight, plus bias, of which element i has those at place
@@ -295,16 +328,15 @@ INLINE void quantize_some_to_levels(const void *x, int kind, int64_t start, int 
         store_codes(each + g, g == groups - 1 ? last : LEVELS_GROUP, codes + start / 4 + g * LEVELS_GROUP / 4);
 }
 
-INLINE void quantize_to_levels(const void *x, int kind, int64_t n, const struct statistics *by, uint8_t *codes,
-                               uint16_t *levels)
+INLINE void quantize_to_levels(const void *x, int kind, int64_t start, int64_t end, const struct statistics *by,
+                               uint8_t *codes, uint16_t *levels)
 {
     const int64_t many = TOGETHER * LEVELS_GROUP;
-    int64_t start = 0;
-    for (; start + many <= n; start += many)
+    for (; start + many <= end; start += many)
         quantize_some_to_levels(x, kind, start, TOGETHER, LEVELS_GROUP, by, codes, levels);
-    for (; start < n; start += LEVELS_GROUP)
-        quantize_some_to_levels(x, kind, start, 1, n - start < LEVELS_GROUP ? (int)(n - start) : LEVELS_GROUP, by, codes,
-                                levels);
+    for (; start < end; start += LEVELS_GROUP)
+        quantize_some_to_levels(x, kind, start, 1, end - start < LEVELS_GROUP ? (int)(end - start) : LEVELS_GROUP, by,
+                                codes, levels);
 }
 
 /* In eighths, whose products and sums are finite. */
@@ -324,14 +356,13 @@ INLINE void levels_group(const uint8_t *codes, const uint16_t *levels, int64_t s
     store(x, start, count, kind, by, dense);
 }
 
-INLINE void dequantize_levels(const uint8_t *codes, const uint16_t *levels, int64_t n, int kind, float limit,
-                              struct rescaling *by, void *dense)
+INLINE void dequantize_levels(const uint8_t *codes, const uint16_t *levels, int64_t start, int64_t end, int kind,
+                              float limit, struct rescaling *by, void *dense)
 {
-    int64_t start = 0;
-    for (; start + LEVELS_GROUP <= n; start += LEVELS_GROUP)
+    for (; start + LEVELS_GROUP <= end; start += LEVELS_GROUP)
         levels_group(codes, levels + start / LEVELS_GROUP * 2, start, LEVELS_GROUP, kind, limit, by, dense);
-    if (start < n)
-        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, (int)(n - start), kind, limit, by, dense);
+    if (start < end)
+        levels_group(codes, levels + start / LEVELS_GROUP * 2, start, (int)(end - start), kind, limit, by, dense);
 }
 
 INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t start, int count, float limit, float *x)
@@ -361,59 +392,87 @@ INLINE void dequantize_group(const void *codes, float scale, int bits, int64_t s
     }
 }
 
-INLINE void dequantize_groups(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit,
-                              struct rescaling *by, void *dense)
+INLINE void dequantize_groups(const void *codes, const uint16_t *scales, int bits, int64_t start, int64_t end, int kind,
+                              float limit, struct rescaling *by, void *dense)
 {
     const int chunk = by ? CHUNK : GROUP; /* for several groups what is to be known of factors is found out once */
     float x[CHUNK];
-    int64_t start = 0;
-    for (; start + chunk <= n; start += chunk) {
+    for (; start + chunk <= end; start += chunk) {
         for (int i = 0; i < chunk; i += GROUP)
             dequantize_group(codes, widened(scales[(start + i) / GROUP]), bits, start + i, GROUP, limit, x + i);
         store(x, start, chunk, kind, by, dense);
     }
-    for (; start < n; start += GROUP) {
-        int count = n - start < GROUP ? (int)(n - start) : GROUP;
+    for (; start < end; start += GROUP) {
+        int count = end - start < GROUP ? (int)(end - start) : GROUP;
         dequantize_group(codes, widened(scales[start / GROUP]), bits, start, count, limit, x);
         store(x, start, count, kind, by, dense);
     }
 }
 
-/* A bit for each element that is neither at or below lower nor at or above upper. Infinity, which is no bound, must be
-handed as NaN. */
-INLINE void mark(const void *x, int kind, int64_t n, float lower, float upper, uint8_t *bits)
+struct marking {
+    const void *x;
+    int kind;
+    float lower, upper;
+    uint8_t *bits;
+};
+
+/* A bit for each element that is neither at or below lower nor at or above upper. */
+INLINE void mark(const struct marking *job, int kind, int64_t start, int64_t end)
 {
     const struct statistics none = {0, 0, 1, 1};
-    for (int64_t start = 0; start < n; start += GROUP) {
-        int count = n - start < GROUP ? (int)(n - start) : GROUP;
+    for (; start < end; start += GROUP) {
+        int count = end - start < GROUP ? (int)(end - start) : GROUP;
         float group[GROUP] = {0};
         uint8_t inside[GROUP], bytes[GROUP / 8];
         if (count == GROUP)
-            load(group, x, start, GROUP, kind, &none);
+            load(group, job->x, start, GROUP, kind, &none);
         else
-            load(group, x, start, count, kind, &none);
+            load(group, job->x, start, count, kind, &none);
         for (int i = 0; i < GROUP; i++)
-            inside[i] = !(group[i] <= lower) & !(group[i] >= upper) & (i < count);
+            inside[i] = !(group[i] <= job->lower) & !(group[i] >= job->upper) & (i < count);
         for (int i = 0; i < GROUP / 8; i++) {
             uint64_t eight; /* this product's highest byte has the lowest bit of each */
             memcpy(&eight, inside + 8 * i, sizeof eight);
             bytes[i] = (uint8_t)((eight * 0x0102040810204080u) >> 56);
         }
-        memcpy(bits + start / 8, bytes, (size_t)(count + 7) / 8);
+        memcpy(job->bits + start / 8, bytes, (size_t)(count + 7) / 8);
     }
 }
+
+static void mark_part(const void *given, int64_t start, int64_t end)
+{
+    const struct marking *job = given;
+    if (job->kind == FLOAT32)
+        mark(job, FLOAT32, start, end);
+    else
+        mark(job, BFLOAT16, start, end);
+}
+
+/* Infinity, which is no bound, must be handed as NaN. */
+void dropit_mark(const void *x, int kind, int64_t n, float lower, float upper, uint8_t *bits, int threads)
+{
+    const struct marking job = {x, kind, lower, upper, bits};
+    share(mark_part, &job, n, threads);
+}
+
+struct keeping {
+    const void *x;
+    int size;
+    const uint8_t *bits;
+    void *kept;
+};
 
 /* The elements that are marked, zeros elsewhere. */
 #define KEEP(TYPE, SIGNED, COUNT)                                                                                      \
     for (int i = 0; i < (COUNT); i++)                                                                                  \
-        ((TYPE *)kept)[start + i] = ((const TYPE *)x)[start + i] & (TYPE)-(SIGNED)((word >> i) & 1);
+        ((TYPE *)job->kept)[start + i] = ((const TYPE *)job->x)[start + i] & (TYPE)-(SIGNED)((word >> i) & 1);
 
-INLINE void keep(const void *x, int size, int64_t n, const uint8_t *bits, void *kept)
+INLINE void keep(const struct keeping *job, int size, int64_t start, int64_t end)
 {
-    for (int64_t start = 0; start < n; start += GROUP) {
-        int count = n - start < GROUP ? (int)(n - start) : GROUP;
+    for (; start < end; start += GROUP) {
+        int count = end - start < GROUP ? (int)(end - start) : GROUP;
         uint32_t word = 0;
-        memcpy(&word, bits + start / 8, (size_t)(count + 7) / 8);
+        memcpy(&word, job->bits + start / 8, (size_t)(count + 7) / 8);
         if (size == 2 && count == GROUP)
             KEEP(uint16_t, int16_t, GROUP)
         else if (size == 2)
@@ -425,20 +484,19 @@ INLINE void keep(const void *x, int size, int64_t n, const uint8_t *bits, void *
     }
 }
 
-void dropit_keep(const void *x, int size, int64_t n, const uint8_t *bits, void *kept)
+static void keep_part(const void *given, int64_t start, int64_t end)
 {
-    if (size == 2)
-        keep(x, 2, n, bits, kept);
+    const struct keeping *job = given;
+    if (job->size == 2)
+        keep(job, 2, start, end);
     else
-        keep(x, 4, n, bits, kept);
+        keep(job, 4, start, end);
 }
 
-void dropit_mark(const void *x, int kind, int64_t n, float lower, float upper, uint8_t *bits)
+void dropit_keep(const void *x, int size, int64_t n, const uint8_t *bits, void *kept, int threads)
 {
-    if (kind == FLOAT32)
-        mark(x, FLOAT32, n, lower, upper, bits);
-    else
-        mark(x, BFLOAT16, n, lower, upper, bits);
+    const struct keeping job = {x, size, bits, kept};
+    share(keep_part, &job, n, threads);
 }
 
 INLINE uint64_t mixed(uint64_t x)
@@ -467,53 +525,89 @@ uint64_t dropit_digest(const void *x, int64_t nbytes)
     return digest;
 }
 
+struct quantizing {
+    const void *x;
+    int kind, bits;
+    struct statistics by;
+    float top, most;
+    void *codes;
+    uint16_t *scales;
+};
+
 /* Each call has its own constants, so that the compiler makes a loop of each kind. */
+#define QUANTIZE(KIND, BY, BITS, TOP, MOST)                                                                            \
+    quantize_groups(job->x, KIND, start, end, BY, BITS, TOP, MOST, job->codes, job->scales)
+
+static void quantize_part(const void *given, int64_t start, int64_t end)
+{
+    const struct quantizing *job = given;
+    const struct statistics *by = &job->by, none = {0, 0, 1, 1};
+    if (job->kind == FLOAT32 && job->bits == 2)
+        quantize_to_levels(job->x, FLOAT32, start, end, by, job->codes, job->scales);
+    else if (job->bits == 2)
+        quantize_to_levels(job->x, BFLOAT16, start, end, by, job->codes, job->scales);
+    else if (job->kind == FLOAT32 && job->bits == 8 && !by->rstd)
+        QUANTIZE(FLOAT32, &none, 8, 127, 127);
+    else if (job->kind == FLOAT32 && job->bits == 8)
+        QUANTIZE(FLOAT32, by, 8, 127, 127);
+    else if (job->kind == FLOAT32 && job->bits == 4)
+        QUANTIZE(FLOAT32, by, 4, 7, 7);
+    else if (job->kind == FLOAT32)
+        QUANTIZE(FLOAT32, by, 16, job->top, job->most);
+    else if (job->bits == 8)
+        QUANTIZE(BFLOAT16, by, 8, 127, 127);
+    else if (job->bits == 4)
+        QUANTIZE(BFLOAT16, by, 4, 7, 7);
+    else
+        QUANTIZE(BFLOAT16, by, 16, job->top, job->most);
+}
 
 void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, const float *rstd, int64_t inner,
-                     int64_t sections, int bits, float top, float most, void *codes, uint16_t *scales)
+                     int64_t sections, int bits, float top, float most, void *codes, uint16_t *scales, int threads)
 {
-    const struct statistics by = {mean, rstd, inner, sections}, none = {0, 0, 1, 1};
-    const struct statistics *used = rstd ? &by : &none;
-    if (kind == FLOAT32 && bits == 2)
-        quantize_to_levels(x, FLOAT32, n, used, codes, scales);
-    else if (bits == 2)
-        quantize_to_levels(x, BFLOAT16, n, used, codes, scales);
-    else if (kind == FLOAT32 && bits == 8 && !rstd)
-        quantize_groups(x, FLOAT32, n, &none, 8, 127, 127, codes, scales);
-    else if (kind == FLOAT32 && bits == 8)
-        quantize_groups(x, FLOAT32, n, &by, 8, 127, 127, codes, scales);
-    else if (kind == FLOAT32 && bits == 4)
-        quantize_groups(x, FLOAT32, n, used, 4, 7, 7, codes, scales);
-    else if (kind == FLOAT32)
-        quantize_groups(x, FLOAT32, n, used, 16, top, most, codes, scales);
-    else if (bits == 8)
-        quantize_groups(x, BFLOAT16, n, used, 8, 127, 127, codes, scales);
-    else if (bits == 4)
-        quantize_groups(x, BFLOAT16, n, used, 4, 7, 7, codes, scales);
-    else
-        quantize_groups(x, BFLOAT16, n, used, 16, top, most, codes, scales);
+    const struct quantizing job = {x, kind, bits, {mean, rstd, inner, sections}, top, most, codes, scales};
+    share(quantize_part, &job, n, threads);
 }
+
+struct dequantizing {
+    const void *codes;
+    const uint16_t *scales;
+    int bits, kind;
+    float limit;
+    struct rescaling by;
+    void *dense;
+};
 
 /* The codes of each kind, as elements of KIND. */
 #define DEQUANTIZE(KIND, BY)                                                                                           \
-    if (bits == 2)                                                                                                     \
-        dequantize_levels(codes, scales, n, KIND, limit, BY, dense);                                                   \
-    else if (bits == 4)                                                                                                \
-        dequantize_groups(codes, scales, 4, n, KIND, limit, BY, dense);                                                \
-    else if (bits == 8)                                                                                                \
-        dequantize_groups(codes, scales, 8, n, KIND, limit, BY, dense);                                                \
+    if (job->bits == 2)                                                                                                \
+        dequantize_levels(job->codes, job->scales, start, end, KIND, job->limit, BY, job->dense);                      \
+    else if (job->bits == 4)                                                                                           \
+        dequantize_groups(job->codes, job->scales, 4, start, end, KIND, job->limit, BY, job->dense);                   \
+    else if (job->bits == 8)                                                                                           \
+        dequantize_groups(job->codes, job->scales, 8, start, end, KIND, job->limit, BY, job->dense);                   \
     else                                                                                                               \
-        dequantize_groups(codes, scales, 16, n, KIND, limit, BY, dense);
+        dequantize_groups(job->codes, job->scales, 16, start, end, KIND, job->limit, BY, job->dense);
 
-void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit,
-                       const float *weight, const float *bias, int64_t inner, int64_t sections, float lower,
-                       float upper, int result, void *dense)
+static void dequantize_part(const void *given, int64_t start, int64_t end)
 {
-    struct rescaling by = {weight, bias, inner, sections, lower, upper, result, 0, inner};
-    if (weight || bias)
+    const struct dequantizing *job = given;
+    struct rescaling by = job->by;
+    by.place = start / by.inner % by.sections;
+    by.left = by.inner - start % by.inner;
+    if (by.weight || by.bias)
         DEQUANTIZE(FLOAT32, &by)
-    else if (kind == FLOAT32)
+    else if (job->kind == FLOAT32)
         DEQUANTIZE(FLOAT32, 0)
     else
         DEQUANTIZE(BFLOAT16, 0)
+}
+
+void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int64_t n, int kind, float limit,
+                       const float *weight, const float *bias, int64_t inner, int64_t sections, float lower,
+                       float upper, int result, void *dense, int threads)
+{
+    const struct dequantizing job = {
+        codes, scales, bits, kind, limit, {weight, bias, inner, sections, lower, upper, result, 0, 0}, dense};
+    share(dequantize_part, &job, n, threads);
 }

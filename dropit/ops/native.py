@@ -66,6 +66,7 @@ def quantize(x: Tensor, bits: int, statistics: reference.Statistics | None = Non
         most,
         codes.data_ptr(),
         scales.data_ptr(),
+        torch.get_num_threads(),
     )
     return codes, scales
 
@@ -95,6 +96,7 @@ def dequantize(
         by.upper,
         _KINDS[result],
         dense.data_ptr(),
+        torch.get_num_threads(),
     )
     return dense
 
@@ -105,14 +107,15 @@ def range_bitmask(flat: Tensor, lower: float, upper: float) -> Tensor:
     bits = torch.empty(bits_nbytes(n), dtype=torch.uint8, device=flat.device)
     lower = reference.rounded(lower, flat.dtype)
     upper = reference.rounded(upper, flat.dtype) if upper < math.inf else math.nan  # above which nothing is
-    _function("mark")(flat.data_ptr(), kind, n, lower, upper, bits.data_ptr())
+    _function("mark")(flat.data_ptr(), kind, n, lower, upper, bits.data_ptr(), torch.get_num_threads())
     return bits
 
 
 def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
     """As :func:`dropit.ops.reference.apply_bitmask`, of elements of 2 or 4 bytes."""
     kept = torch.empty_like(flat)
-    _function("keep")(flat.data_ptr(), flat.element_size(), flat.numel(), bits.data_ptr(), kept.data_ptr())
+    arguments = (flat.data_ptr(), flat.element_size(), flat.numel(), bits.data_ptr(), kept.data_ptr())
+    _function("keep")(*arguments, torch.get_num_threads())
     return kept
 
 
@@ -125,13 +128,18 @@ def digest(flat: Tensor) -> int:
 def _function(name: str) -> ctypes._NamedFuncPointer:
     address, integer, size, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
     types = {
-        "quantize": [address, integer, size, address, address, size, size, integer, number, number, address, address],
+        "quantize": [
+            *[address, integer, size],
+            *[address, address, size, size],
+            *[integer, number, number, address, address, integer],
+        ],
         "dequantize": [
             *[address, address, integer, size, integer, number],
-            *[address, address, size, size, number, number, integer, address],
+            *[address, address, size, size, number, number, integer],
+            *[address, integer],
         ],
-        "mark": [address, integer, size, number, number, address],
-        "keep": [address, integer, size, address, address],
+        "mark": [address, integer, size, number, number, address, integer],
+        "keep": [address, integer, size, address, address, integer],
         "digest": [address, size],
     }
     found = shared_object()
@@ -151,9 +159,17 @@ def shared_object() -> ctypes.CDLL | None:
     try:
         with tempfile.TemporaryDirectory(prefix="dropit", ignore_cleanup_errors=True) as spare:
             _loaded = ctypes.CDLL(str(_compiled(compiler, _directory() or Path(spare))))
+            _share_threads(_loaded)
     except (OSError, subprocess.SubprocessError) as error:
         _log.debug("native.c was not compiled, and PyTorch quantizes on the CPU: %s", error)
     return _loaded
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Have it work by the threads that PyTorch has started, where PyTorch has been built with OpenMP."""
+    pytorch = ctypes.CDLL(torch._C.__file__)  # and what that was linked to
+    if hasattr(pytorch, "GOMP_parallel"):
+        library.dropit_share_threads(ctypes.cast(pytorch.GOMP_parallel, ctypes.c_void_p))
 
 
 def _directory() -> Path | None:
