@@ -13,7 +13,7 @@ enum { FLOAT32, BFLOAT16 };     /* of the dense tensor */
 enum { INFINITE = 0x7F800000 }; /* its bits */
 enum { NOT_A_NUMBER = 0x7FC0 }; /* in bfloat16 */
 enum { GROUP = 32, LEVELS_GROUP = 64, LLOYD = 2, TOGETHER = 8, CHUNK = 64 };
-enum { PART = 1 << 15 }; /* elements that a thread takes at a time: whole groups, and bytes of bits */
+enum { PART = 1 << 15, WORD = 64, OFFSET_BLOCK = 256 }; /* PART: elements that a thread takes at a time */
 
 static const float TINY = 1.1754943508222875e-38f, LARGEST = 3.3895313892515355e38f; /* of bfloat16 */
 
@@ -28,7 +28,7 @@ void dropit_share_threads(void *start) { memcpy(&start_threads, &start, sizeof s
 struct shared {
     work_on *work;
     const void *job;
-    int64_t n, next;
+    int64_t n, part, next;
 };
 
 /* Part by part, as a thread whose core is taken by others for a while comes by fewer of them. */
@@ -36,14 +36,14 @@ static void work_on_parts(void *given)
 {
     struct shared *shared = given;
     int64_t start;
-    while ((start = __atomic_fetch_add(&shared->next, PART, __ATOMIC_RELAXED)) < shared->n)
-        shared->work(shared->job, start, shared->n - start < PART ? shared->n : start + PART);
+    while ((start = __atomic_fetch_add(&shared->next, shared->part, __ATOMIC_RELAXED)) < shared->n)
+        shared->work(shared->job, start, shared->n - start < shared->part ? shared->n : start + shared->part);
 }
 
-static void share(work_on *work, const void *job, int64_t n, int threads)
+static void share(work_on *work, const void *job, int64_t n, int64_t part, int threads)
 {
-    struct shared shared = {work, job, n, 0};
-    if (start_threads && threads > 1 && n > PART)
+    struct shared shared = {work, job, n, part, 0};
+    if (start_threads && threads > 1 && n > part)
         start_threads(work_on_parts, &shared, (unsigned)threads, 0);
     else
         work(job, 0, n);
@@ -452,7 +452,7 @@ static void mark_part(const void *given, int64_t start, int64_t end)
 void dropit_mark(const void *x, int kind, int64_t n, float lower, float upper, uint8_t *bits, int threads)
 {
     const struct marking job = {x, kind, lower, upper, bits};
-    share(mark_part, &job, n, threads);
+    share(mark_part, &job, n, PART, threads);
 }
 
 struct keeping {
@@ -496,7 +496,204 @@ static void keep_part(const void *given, int64_t start, int64_t end)
 void dropit_keep(const void *x, int size, int64_t n, const uint8_t *bits, void *kept, int threads)
 {
     const struct keeping job = {x, size, bits, kept};
-    share(keep_part, &job, n, threads);
+    share(keep_part, &job, n, PART, threads);
+}
+
+/* What is selected: so many of each block by magnitude, the first of equal ones. A block is of whole words of bits. */
+struct selecting {
+    const void *x;
+    int size; /* of an element, in bytes */
+    int64_t block, count, rest_count;
+    void *values;
+    int16_t *counts;        /* of each 256 elements; or none */
+    uint8_t *offsets, *bits; /* one of them */
+};
+
+#define MOST(SIZE) ((SIZE) == 2 ? INT16_MAX : INT32_MAX)
+
+/* Bits without the sign, as whole numbers, are in the magnitudes' order. */
+INLINE int32_t magnitude_at(const void *x, int size, int64_t i)
+{
+    return size == 2 ? ((const int16_t *)x)[i] & INT16_MAX : ((const int32_t *)x)[i] & INT32_MAX;
+}
+
+INLINE int64_t count_run(const void *x, int size, int64_t start, int count, int32_t least)
+{
+    int16_t short_sum = 0;
+    int32_t sum = 0;
+    if (size == 2)
+        for (int i = 0; i < count; i++)
+            short_sum = (int16_t)(short_sum + ((((const int16_t *)x)[start + i] & INT16_MAX) >= (int16_t)least));
+    else
+        for (int i = 0; i < count; i++)
+            sum += magnitude_at(x, 4, start + i) >= least;
+    return short_sum + sum;
+}
+
+INLINE int64_t count_from(const void *x, int size, int64_t start, int64_t end, int32_t least)
+{
+    int64_t sum = 0;
+    for (; start + OFFSET_BLOCK <= end; start += OFFSET_BLOCK) /* a count that the compiler knows */
+        sum += count_run(x, size, start, OFFSET_BLOCK, least);
+    return sum + count_run(x, size, start, (int)(end - start), least);
+}
+
+/* Which of up to 64 elements are at least that large. */
+INLINE uint64_t word_from(const void *x, int size, int64_t start, int count, int32_t least)
+{
+    uint8_t found[WORD];
+    uint64_t word = 0, eight;
+    if (count == WORD)
+        for (int i = 0; i < WORD; i++)
+            found[i] = magnitude_at(x, size, start + i) >= least;
+    else
+        for (int i = 0; i < WORD; i++)
+            found[i] = i < count && magnitude_at(x, size, start + i) >= least;
+    for (int i = 0; i < WORD / 8; i++) {
+        memcpy(&eight, found + 8 * i, sizeof eight);
+        word |= ((eight * 0x0102040810204080u) >> 56) << (8 * i);
+    }
+    return word;
+}
+
+/* The least magnitude that is kept; equal: how many of those equal to it are, or -1 for all. Looks around guess first. */
+INLINE int32_t threshold_of(const void *x, int size, int64_t start, int64_t end, int64_t k, int32_t guess,
+                            int64_t *equal)
+{
+    /* At least as large as low are reached, no fewer than k; as high are above, fewer than k. */
+    int64_t low = 0, high = (int64_t)MOST(size) + 1, reached = end - start, above = 0;
+    int64_t step = 1 << (size == 2 ? 4 : 20); /* an eighth */
+    for (int64_t next = guess; high - low > 1 && reached != k;) {
+        int64_t count = count_from(x, size, start, end, (int32_t)next);
+        if (count >= k)
+            low = next, reached = count;
+        else
+            high = next, above = count;
+        next = count >= k ? low + step : high - step;
+        step *= 4;
+        if (next <= low || next >= high)
+            next = low + (high - low) / 2;
+    }
+    *equal = reached == k ? -1 : k - above;
+    return (int32_t)low;
+}
+
+/* The k of elements start to end; the first of them is to be in that place. Returns the least magnitude of them. */
+INLINE int32_t select_block(const struct selecting *job, int size, int64_t start, int64_t end, int64_t k, int64_t place,
+                            int32_t guess)
+{
+    int64_t equal;
+    int32_t threshold = threshold_of(job->x, size, start, end, k, guess, &equal);
+    for (; start < end; start += WORD) {
+        int count = end - start < WORD ? (int)(end - start) : WORD;
+        uint64_t word = word_from(job->x, size, start, count, threshold);
+        if (equal >= 0) {
+            uint64_t above = threshold == MOST(size) ? 0 : word_from(job->x, size, start, count, threshold + 1);
+            uint64_t at = word & ~above;
+            for (word = above; at && equal > 0; at &= at - 1, equal--)
+                word |= at & -at;
+        }
+        if (job->bits)
+            memcpy(job->bits + start / 8, &word, (size_t)(count + 7) / 8);
+        if (job->counts)
+            job->counts[start / OFFSET_BLOCK] += (int16_t)__builtin_popcountll(word);
+        for (; word; word &= word - 1, place++) {
+            int i = __builtin_ctzll(word);
+            if (size == 2)
+                ((uint16_t *)job->values)[place] = ((const uint16_t *)job->x)[start + i];
+            else
+                ((uint32_t *)job->values)[place] = ((const uint32_t *)job->x)[start + i];
+            if (job->offsets)
+                job->offsets[place] = (uint8_t)(start + i);
+        }
+    }
+    return threshold;
+}
+
+INLINE void select_blocks(const struct selecting *job, int size, int64_t start, int64_t end)
+{
+    int64_t place = start / job->block * job->count;
+    int32_t guess = MOST(size) / 2; /* blocks that follow each other are much alike */
+    for (; start + job->block <= end; start += job->block, place += job->count)
+        guess = select_block(job, size, start, start + job->block, job->count, place, guess);
+    if (start < end)
+        select_block(job, size, start, end, job->rest_count, place, guess);
+}
+
+static void select_part(const void *given, int64_t start, int64_t end)
+{
+    const struct selecting *job = given;
+    if (job->size == 2)
+        select_blocks(job, 2, start, end);
+    else
+        select_blocks(job, 4, start, end);
+}
+
+/* A part is of whole blocks, and of whole 256 elements. */
+void dropit_select(const void *x, int size, int64_t n, int64_t block, int64_t count, int64_t rest_count, void *values,
+                   int16_t *counts, uint8_t *offsets, uint8_t *bits, int64_t part, int threads)
+{
+    const struct selecting job = {x, size, block, count, rest_count, values, counts, offsets, bits};
+    share(select_part, &job, n, part, threads);
+}
+
+struct placing {
+    const void *values;
+    int size;
+    const uint8_t *bits;
+    int64_t *firsts; /* how many values there are before each PART */
+    void *dense;
+};
+
+INLINE uint64_t word_of(const uint8_t *bits, int64_t start, int count)
+{
+    uint64_t word = 0;
+    memcpy(&word, bits + start / 8, (size_t)(count + 7) / 8);
+    return word;
+}
+
+/* The values where the bits are set, zeros elsewhere. */
+INLINE void place(const struct placing *job, int size, int64_t start, int64_t end)
+{
+    int64_t next = job->firsts[start / PART];
+    for (; start < end; start += WORD) {
+        int count = end - start < WORD ? (int)(end - start) : WORD;
+        uint64_t word = word_of(job->bits, start, count);
+        if (count == WORD)
+            memset((char *)job->dense + start * size, 0, (size_t)(WORD * size));
+        else
+            memset((char *)job->dense + start * size, 0, (size_t)(count * size));
+        for (; word; word &= word - 1, next++) {
+            int i = __builtin_ctzll(word);
+            if (size == 2)
+                ((uint16_t *)job->dense)[start + i] = ((const uint16_t *)job->values)[next];
+            else
+                ((uint32_t *)job->dense)[start + i] = ((const uint32_t *)job->values)[next];
+        }
+    }
+}
+
+static void place_part(const void *given, int64_t start, int64_t end)
+{
+    const struct placing *job = given;
+    if (job->size == 2)
+        place(job, 2, start, end);
+    else
+        place(job, 4, start, end);
+}
+
+/* firsts: (ceil(n / PART),), to be written here. */
+void dropit_place(const void *values, int size, int64_t n, const uint8_t *bits, int64_t *firsts, void *dense,
+                  int threads)
+{
+    int64_t found = 0;
+    for (int64_t start = 0; start < n; start += WORD) {
+        if (start % PART == 0)
+            firsts[start / PART] = found;
+        found += __builtin_popcountll(word_of(bits, start, n - start < WORD ? (int)(n - start) : WORD));
+    }
+    const struct placing job = {values, size, bits, firsts, dense};
+    share(place_part, &job, n, PART, threads);
 }
 
 INLINE uint64_t mixed(uint64_t x)
@@ -566,7 +763,7 @@ void dropit_quantize(const void *x, int kind, int64_t n, const float *mean, cons
                      int64_t sections, int bits, float top, float most, void *codes, uint16_t *scales, int threads)
 {
     const struct quantizing job = {x, kind, bits, {mean, rstd, inner, sections}, top, most, codes, scales};
-    share(quantize_part, &job, n, threads);
+    share(quantize_part, &job, n, PART, threads);
 }
 
 struct dequantizing {
@@ -609,5 +806,5 @@ void dropit_dequantize(const void *codes, const uint16_t *scales, int bits, int6
 {
     const struct dequantizing job = {
         codes, scales, bits, kind, limit, {weight, bias, inner, sections, lower, upper, result, 0, 0}, dense};
-    share(dequantize_part, &job, n, threads);
+    share(dequantize_part, &job, n, PART, threads);
 }

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dropit.ops import reference
-from dropit.packed import LEVELS_GROUP, SCALE_GROUP, bits_nbytes
+from dropit.packed import LEVELS_GROUP, OFFSET_BLOCK, SCALE_GROUP, bits_nbytes
 from dropit.tracing import is_plain
 
 _SOURCE = Path(__file__).with_name("native.c")
@@ -33,6 +33,7 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 _STORED = {16: torch.int16, 8: torch.int8, 4: torch.uint8, 2: torch.uint8}
 _BITS = {torch.int16: 16, torch.int8: 8, torch.uint8: 4}  # or 2
 _WORTH = 2**15  # elements, for which a compiler is started
+_PART = 2**15  # elements that a thread takes at a time
 _log = logging.getLogger(__name__)
 _loaded: ctypes.CDLL | None = None
 
@@ -119,6 +120,42 @@ def apply_bitmask(flat: Tensor, bits: Tensor) -> Tensor:
     return kept
 
 
+def select(
+    flat: Tensor, block_size: int, count: int, rest_count: int, values: Tensor, positions: Tensor, counted: bool
+) -> None:
+    """Write the values and positions of :func:`dropit.ops.reference.pack_largest`, of elements of 2 or 4 bytes.
+
+    ``positions``: zeros (bytes,); ``counted``: whether its offsets come after the counts.
+    """
+    n, start = flat.numel(), positions.data_ptr()
+    as_bits = len(positions) == bits_nbytes(n)
+    counts = 2 * -(-n // OFFSET_BLOCK) if counted and not as_bits else 0
+    part = math.lcm(block_size, OFFSET_BLOCK)
+    _function("select")(
+        flat.data_ptr(),
+        flat.element_size(),
+        n,
+        block_size,
+        count,
+        rest_count,
+        values.data_ptr(),
+        start if counts else None,
+        None if as_bits else start + counts,
+        start if as_bits else None,
+        part * max(1, _PART // part),
+        torch.get_num_threads(),
+    )
+
+
+def place(values: Tensor, bits: Tensor, n: int) -> Tensor:
+    """(n,) with the values, of 2 or 4 bytes, where the bits are set."""
+    dense = torch.empty(n, dtype=values.dtype, device=values.device)
+    firsts = torch.empty(-(-n // _PART), dtype=torch.int64, device=values.device)
+    arguments = (values.data_ptr(), values.element_size(), n, bits.data_ptr(), firsts.data_ptr(), dense.data_ptr())
+    _function("place")(*arguments, torch.get_num_threads())
+    return dense
+
+
 def digest(flat: Tensor) -> int:
     """A number that tells whether any of the bytes of ``flat`` have changed."""
     return int(_function("digest")(flat.data_ptr(), flat.nbytes))
@@ -140,6 +177,11 @@ def _function(name: str) -> ctypes._NamedFuncPointer:
         ],
         "mark": [address, integer, size, number, number, address, integer],
         "keep": [address, integer, size, address, address, integer],
+        "select": [
+            *[address, integer, size, size, size, size],
+            *[address, address, address, address, size, integer],
+        ],
+        "place": [address, integer, size, address, address, address, integer],
         "digest": [address, size],
     }
     found = shared_object()

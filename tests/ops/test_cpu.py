@@ -46,14 +46,29 @@ def awkward(rng, n, dtype):
     return x
 
 
+@pytest.fixture
+def compiled(monkeypatch):
+    """Has tensors of any size worked on by C."""
+    if native.shared_object() is None:
+        pytest.skip("there is no C compiler")
+    monkeypatch.setattr(native, "_WORTH", 0)
+
+
+@pytest.fixture
+def by_numpy(monkeypatch):
+    monkeypatch.setattr(native, "takes", lambda *tensors: False)
+
+
+@pytest.mark.parametrize("way", ["by_numpy", "compiled"])
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_random_arrays(dtype, seed, monkeypatch):
+def test_random_arrays(dtype, seed, way, request, monkeypatch):
+    request.getfixturevalue(way)
     rng = np.random.default_rng(seed)
     monkeypatch.setattr(cpu, "_PIECE", int(rng.choice([256, 1024, 2**18])))
     monkeypatch.setattr(cpu, "_MANY", int(rng.choice([0, 2**23])))
     for _ in range(40):
-        n, block_size = int(rng.integers(1, 5000)), int(rng.choice([1, 7, 100, 256, 300, 1024, 6000]))
+        n, block_size = int(rng.integers(1, 5000)), int(rng.choice([1, 7, 64, 100, 192, 256, 300, 1024, 6000]))
         rest = n % block_size
         count, rest_count = int(rng.integers(1, block_size + 1)), int(rng.integers(1, rest + 1)) if rest else 0
         flat, layout = flatten(awkward(rng, n, dtype))
@@ -67,8 +82,10 @@ def test_random_arrays(dtype, seed, monkeypatch):
         assert dense.stride() == expected_dense.stride()
 
 
+@pytest.mark.parametrize("way", ["by_numpy", "compiled"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_one_block_of_all(dtype, monkeypatch):
+def test_one_block_of_all(dtype, way, request, monkeypatch):
+    request.getfixturevalue(way)
     rng = np.random.default_rng(0)
     monkeypatch.setattr(cpu, "_PIECE", 512)
     for _ in range(40):
@@ -100,7 +117,7 @@ def test_marks(dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", [FastMinK(0.9), FastMinK(0.5), FastMinK(0.9, block_size=1000), MinK(0.9)], ids=str)
-def test_several_pieces_and_threads_change_nothing(strategy, monkeypatch):
+def test_several_pieces_and_threads_change_nothing(strategy, by_numpy, monkeypatch):
     x = torch.randn(3 * cpu._PIECE // 64 + 17).round(decimals=2)
     monkeypatch.setattr(cpu, "_PIECE", 4096)
     monkeypatch.setattr(cpu, "_MANY", 0)
@@ -154,7 +171,7 @@ def test_training_is_the_same_for_fifty_steps(monkeypatch):
     assert curves[0][-1] < 0.8 * curves[0][0]
 
 
-def test_several_threads_may_pack_at_once(monkeypatch):
+def test_several_threads_may_pack_at_once(by_numpy, monkeypatch):
     monkeypatch.setattr(cpu, "_PIECE", 1024)
     monkeypatch.setattr(cpu, "_MANY", 0)
     xs = [torch.randn(20_000) for _ in range(8)]
@@ -217,14 +234,6 @@ def test_quantizing_piece_by_piece_changes_no_bit(dtype):
 
 
 # --- C ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """Has tensors of any size quantized by C."""
-    if native.shared_object() is None:
-        pytest.skip("there is no C compiler")
-    monkeypatch.setattr(native, "_WORTH", 0)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 63, 64, 999, 4096 + 7])
@@ -300,6 +309,52 @@ def test_marks_and_what_is_marked(compiled, dtype, n):
             assert torch.equal(bits, reference.range_bitmask(flat, lower, upper))
             kept, expected = cpu.apply_bitmask(grad, bits), reference.apply_bitmask(grad, bits)
             assert torch.equal(bits_of(kept), bits_of(expected))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_tensors_by_threads(compiled, dtype, threads):
+    """Parts of 32,768 elements, the last of them neither whole nor of whole groups."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x = awkward(np.random.default_rng(0), 478 * 49 * 7, dtype)  # 5 parts, and 114 elements
+        statistics = reference.Statistics(torch.randn(49), torch.rand(49) + 0.5, 7)
+        rescaling = reference.Rescaling(torch.randn(49), torch.randn(49), 7, 0.0)
+        for bits in (16, 8, 4, 2):
+            codes = [way.quantize(x, bits, None, statistics) for way in (cpu, reference)]
+            for got, expected in zip(*codes, strict=True):
+                assert torch.equal(bits_of(got), bits_of(expected))
+            dense = [way.dequantize(*codes[0], dtype, len(x), rescaling) for way in (cpu, reference)]
+            assert torch.equal(*map(bits_of, dense))
+        marks = [way.range_bitmask(x, -0.5, 1.0) for way in (cpu, reference)]
+        assert torch.equal(*marks)
+        assert torch.equal(*(bits_of(way.apply_bitmask(x, marks[0])) for way in (cpu, reference)))
+        for strategy in (FastMinK(0.9), FastMinK(0.5), FastMinK(0.95, block_size=9984), MinK(0.9)):
+            packed = strategy.pack(x)
+            mask = strategy.select(x[None])[0]
+            same(packed, reference.pack(x, mask, int(mask.sum()), packed.layout))
+            assert torch.equal(*(bits_of(way.unpack(packed)) for way in (cpu, reference)))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "integers"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)], ids=str)
+def test_magnitudes_next_to_each_other(compiled, dtype, integers):
+    """The lowest and the highest bit patterns there are, NaN among them, as often equal as not."""
+    rng = np.random.default_rng(0)
+    ends = torch.iinfo(integers)
+    for _ in range(200):
+        n, spread = int(rng.integers(1, 600)), int(rng.choice([1, 2, 5, 1000]))
+        near = torch.from_numpy(rng.integers(0, spread, n)).to(integers)
+        origin = rng.choice(["zero", "highest", "negative zero", "anywhere"])
+        first = {"zero": 0, "highest": ends.max - spread + 1, "negative zero": ends.min}.get(origin)
+        bits = near + (int(rng.integers(0, ends.max - spread)) if first is None else first)
+        flat, layout = flatten(bits.view(dtype))
+        arguments = (flat, 256, int(rng.integers(1, 257)), int(rng.integers(1, n % 256 + 1)) if n % 256 else 0, layout)
+        got, expected = cpu.pack_largest(*arguments), reference.pack_largest(*arguments)
+        assert torch.equal(got.values.view(integers), expected.values.view(integers))
+        assert torch.equal(got.positions, expected.positions)
 
 
 @pytest.mark.parametrize("n", [1, 8, 63, 64, 65, 1000])
