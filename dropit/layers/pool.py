@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dropit import ops
-from dropit.layers.formats import autocast_as, each, placeholder, save_form
+from dropit.layers.formats import autocast_as, each, placeholder, save_form, suggest_memory_format
 from dropit.layers.function import LayerFunction, apply, link_to, none_for_none, undefined_gradients_as_none, with_zeros
 from dropit.layers.functions import Call, stands_in_for, wants_gradient
 from dropit.layers.layer import DropITLayer
 from dropit.layers.table import swap_class
-from dropit.packed import flatten, unflatten
+from dropit.packed import Layout, layout_of, unflatten
 from dropit.rematerialize import Memo
 from dropit.tracing import is_mapped, is_plain
 
@@ -48,37 +48,34 @@ class DropITMaxPoolFunction(LayerFunction):
 
     @staticmethod
     def forward(input: Tensor, windows: Windows, link: tuple[Tensor] | None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """The output, and int64 indices into the input's spatial dimensions."""
+        """The output, and the offsets; or int64 indices into the input's spatial dimensions, where those do not do."""
         output, indices = _FORWARD[len(windows.kernel_size)](input, *windows)
-        return output, indices
+        offsets = window_offsets(indices, input.shape, windows)
+        # Of a window that is all -inf, PyTorch's index on a CPU is of another one in this case.
+        odd = (
+            len(windows.kernel_size) == 3 and suggest_memory_format(input) is torch.channels_last_3d and is_plain(input)
+        )
+        if odd and not torch.equal(input_indices(offsets, input.shape, windows), indices):
+            return output, indices
+        return output, ops.pack_subbyte(_flat(offsets, layout_of(output)), _size(windows))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         """Save the offsets."""
         undefined_gradients_as_none(ctx)
         input, ctx.windows, ctx.link = inputs
-        indices = output[1]
-        ctx.mark_non_differentiable(indices)
+        pooled, stored = output
+        ctx.mark_non_differentiable(stored)
         save_form(ctx, input)
-        offsets = window_offsets(indices, input.shape, ctx.windows)
-        # Of a window that is all -inf, PyTorch's index on a CPU is of another one in this case.
-        odd = len(ctx.windows.kernel_size) == 3 and ctx.memory_format is torch.channels_last_3d and is_plain(input)
-        if odd and not torch.equal(input_indices(offsets, input.shape, ctx.windows), indices):
-            ctx.layout = None
-            ctx.save_for_backward(indices)
-            return
-        flat, ctx.layout = flatten(offsets)
-        ctx.save_for_backward(ops.pack_subbyte(flat, _size(ctx.windows)))
+        ctx.layout = layout_of(pooled)
+        ctx.save_for_backward(stored)
 
     @staticmethod
     @none_for_none
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         """Each window's gradient, at its largest element."""
-        (saved,) = ctx.saved_tensors
-        indices = saved
-        if ctx.layout is not None:
-            offsets = ops.unpack_subbyte(saved, _size(ctx.windows), ctx.layout.numel)
-            indices = input_indices(unflatten(offsets, ctx.layout), ctx.input_shape, ctx.windows)
+        (stored,) = ctx.saved_tensors
+        indices = _indices(stored, ctx.layout, ctx.input_shape, ctx.windows)
         backward = _BACKWARD[len(ctx.windows.kernel_size)]
         grad_input = backward(grad_output, placeholder(ctx, grad_output), *ctx.windows, indices)
         return with_zeros(grad_input, ctx.link), None, None
@@ -93,24 +90,42 @@ def dropit_max_pool(input: Tensor, windows: Windows, memo: Memo) -> Tensor:
         flat = Windows((1, *size), (1, *stride), (0, *padding), (1, *dilation), ceil_mode)
         return dropit_max_pool(input.unsqueeze(-2), flat, memo).squeeze(-2)
     published = memo.published(input)
-    output = apply(DropITMaxPoolFunction, input, windows, link_to(input))[0]
-    return memo.publish(output, published and published.map("max pool", partial(_again, windows)))
+    output, stored = apply(DropITMaxPoolFunction, input, windows, link_to(input))
+    again = partial(_again, layout_of(output), windows)
+    return memo.publish(output, published and published.map("max pool", again, stored))
 
 
-def _again(windows: Windows, x: Tensor) -> Tensor:
-    return _FORWARD[len(windows.kernel_size)](x, *windows)[0]  # type: ignore[no-any-return]
+def _again(layout: Layout, windows: Windows, x: Tensor, stored: Tensor) -> Tensor:
+    """The largest elements again, of what is restored of the input: a tenth of the time of looking for them."""
+    spatial = len(windows.kernel_size)
+    indices = _indices(stored, layout, x.shape, windows)
+    found = x.flatten(-spatial).gather(-1, indices.flatten(-spatial)).view(layout.shape)
+    return unflatten(_flat(found, layout), layout)
+
+
+def _flat(x: Tensor, layout: Layout) -> Tensor:
+    return x.permute(layout.order).reshape(-1)
+
+
+def _indices(stored: Tensor, layout: Layout, input_shape: Sequence[int], windows: Windows) -> Tensor:
+    """What PyTorch's pooling returns, of what is stored of it for an output of that layout."""
+    if stored.dtype is torch.int64:
+        return stored
+    offsets = ops.unpack_subbyte(stored, _size(windows), layout.numel)
+    return input_indices(unflatten(offsets, layout), input_shape, windows)
 
 
 def window_offsets(indices: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
     """Indices into the input's spatial dimensions (int64) as offsets in each window (uint8), row by row."""
     starts, offset_at, _ = _tables(indices, input_shape, windows)
-    return offset_at[(indices - starts).clamp_(0, len(offset_at) - 1)]
+    distances = (indices - starts).clamp_(0, len(offset_at) - 1)
+    return offset_at.take(distances)
 
 
 def input_indices(offsets: Tensor, input_shape: Sequence[int], windows: Windows) -> Tensor:
     """Undo :func:`window_offsets`: int64."""
     starts, _, distance_of = _tables(offsets, input_shape, windows)
-    return distance_of[offsets.to(torch.int32)] + starts
+    return distance_of.take(offsets.to(torch.int64)) + starts  # half the time of an index
 
 
 def _tables(output: Tensor, input_shape: Sequence[int], windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
