@@ -72,7 +72,7 @@ class CacheMonitor(Callback):
     def __init__(self) -> None:
         self.cache_mb = self.dense_mb = float("nan")
         self._meter: CacheMeter | None = None
-        self._due = False  # whether the next step is to be measured
+        self._epoch = -1  # that was measured last
         self._step = 0
 
     @property
@@ -80,14 +80,22 @@ class CacheMonitor(Callback):
         """Return the cache as a part of the plain model's."""
         return self.cache_mb / self.dense_mb if self.dense_mb else float("nan")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first step is measured, in the middle of an epoch too if a checkpoint was of there."""
-        self._due = True
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure the first epoch of this fit, whatever was measured in another."""
+        self._epoch = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep in checkpoints what was measured, and of which epoch."""
+        return {"cache_mb": self.cache_mb, "dense_mb": self.dense_mb, "epoch": self._epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """A run that is resumed in the middle of an epoch does not measure that one again."""
+        self.cache_mb, self.dense_mb, self._epoch = (state_dict[name] for name in ("cache_mb", "dense_mb", "epoch"))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before a step that is measured."""
-        if self._due:
-            self._due, self._step = False, trainer.global_step
+        if self._epoch != trainer.current_epoch:
+            self._epoch, self._step = trainer.current_epoch, trainer.global_step
             self.dense_mb = self.measure_dense(trainer, pl_module, batch, batch_idx)
             self._meter = CacheMeter(pl_module).__enter__()
 
@@ -102,9 +110,8 @@ class CacheMonitor(Callback):
             self.log_cache(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The next epoch's first step is measured again."""
+        """Leave no hook behind."""
         self._stop()
-        self._due = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no hook behind."""
@@ -165,6 +172,7 @@ class DropITCallback(CacheMonitor):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Convert what is there."""
+        super().setup(trainer, pl_module, stage)
         prefix = self._name and f"{self._name}."
         if stage == "fit" and any(name.startswith(prefix) for name, _ in pl_module.named_parameters()):
             self._convert(pl_module)

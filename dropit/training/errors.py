@@ -22,6 +22,12 @@ class SetupError(UserError):
     """The machine lacks something that the run needs: data, weights, devices, a place to write."""
 
 
+def describe(error: BaseException) -> str:
+    """Return an error that is not ours in one line: its type and the beginning of what it says."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}{'...' * (len(text) > 200)}" if text else type(error).__name__
+
+
 def suggest(name: str, valid: Iterable[str], count: int = 1) -> str:
     """Return '; did you mean ...?' with the nearest of the valid names, ignoring case; empty if none is near."""
     by_lower = {other.lower(): other for other in valid}

@@ -15,12 +15,13 @@ from yacs.config import CfgNode
 
 import dropit
 from dropit.training.builders.machine import autocast, pick_device
-from dropit.training.errors import ConfigError
+from dropit.training.errors import ConfigError, suggest
 from dropit.training.model.classifier import Batch
 
 
 def convert_layers(model: nn.Module, cfg: CfgNode) -> nn.Module:
     """Convert the layers of ``model`` with DROPIT.GAMMA and DROPIT.COMPRESS. In place; returns the model."""
+    _check_skipped(model, cfg)
     with _named_in_errors(f"MODEL.DROPIT with DROPIT.SKIP {cfg.DROPIT.SKIP}"):
         return dropit.to_dropit(model, gamma=cfg.DROPIT.GAMMA, compress=cfg.DROPIT.COMPRESS, **_options(cfg))
 
@@ -30,6 +31,7 @@ def fit_budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> nn.Module:
 
     In place; returns the model, on the device that it will train on, where the settings are measured.
     """
+    _check_skipped(model, cfg)
     images, labels = (tensor.to(pick_device(cfg)) for tensor in sample)
     # In fp16 small gradients would be 0. Only the ratios of the errors matter.
     scale = 2.0**12 if cfg.TRAIN.PRECISION == "fp16" else 1.0
@@ -45,6 +47,13 @@ def fit_budget(model: nn.Module, cfg: CfgNode, sample: Batch) -> nn.Module:
             on_step=_progress(),
             **_options(cfg),
         )
+
+
+def _check_skipped(model: nn.Module, cfg: CfgNode) -> None:
+    names = [name for name, _ in model.named_modules()]
+    for pattern in cfg.DROPIT.SKIP:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ConfigError(f"DROPIT.SKIP {pattern!r} names no layer{suggest(pattern, names, 3)}")
 
 
 def _options(cfg: CfgNode) -> dict[str, Any]:

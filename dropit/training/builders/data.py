@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 from yacs.config import CfgNode
 
 from dropit.training.builders.machine import batch_size
@@ -16,6 +19,8 @@ def build_data(cfg: CfgNode) -> ImageData:
     """Return both data sets, opened and checked, in batches of one process's share."""
     train, val = _open(cfg, cfg.TRAIN.PATH, train=True), _open(cfg, cfg.VAL.PATH, train=False)
     check_classes(train, val, cfg.MODEL.NUM_CLASSES)
+    for line in _doubtful(cfg, train):
+        rank_zero_only(print)(f"train.py: warning: {line}", file=sys.stderr)
     evaluate = eval_transform(cfg.INPUT.SIZE, cfg.INPUT.MEAN, cfg.INPUT.STD, resize=cfg.VAL.RESIZE)
     options = {"seed": cfg.SEED, "cache": cfg.DATALOADER.CACHE, "on_device": cfg.DATALOADER.ON_DEVICE}
     return ImageData(
@@ -23,8 +28,19 @@ def build_data(cfg: CfgNode) -> ImageData:
         Samples(val, evaluate, **options),
         batch_size=batch_size(cfg),
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        timeout=60 * cfg.DATALOADER.TIMEOUT,
         repeats=cfg.TRAIN.REPEATS,
     )
+
+
+def _doubtful(cfg: CfgNode, train: Source) -> list[str]:
+    """Return a line for each setting that the data allow, but that is hardly meant."""
+    classes, lines = len(train.classes), []
+    if classes < cfg.MODEL.NUM_CLASSES:
+        lines.append(f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but the data has {classes} classes")
+    if len(train) < cfg.SOLVER.BATCH_SIZE:
+        lines.append(f"SOLVER.BATCH_SIZE is {cfg.SOLVER.BATCH_SIZE}, but there are {len(train)} training images")
+    return lines
 
 
 def _open(cfg: CfgNode, path: str, *, train: bool) -> Source:

@@ -20,9 +20,10 @@ from dropit import estimate_cache
 from dropit.training.builders.machine import is_sharded, pick_accelerator, processes
 from dropit.training.builders.model import build_network
 from dropit.training.callbacks.finite_loss import FiniteLoss
-from dropit.training.callbacks.interruption import Interruptions
 from dropit.training.callbacks.monitors import CacheMonitor, Dashboard, EpochLines, SpeedMonitor
 from dropit.training.callbacks.probe import GradientProbe
+from dropit.training.callbacks.saving import Saving
+from dropit.training.callbacks.settings import SolverSettings
 from dropit.training.checkpoint.keepers import ConfigKeeper, RandomKeeper
 from dropit.training.checkpoint.writer import CheckpointWriter
 
@@ -35,10 +36,14 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     version: str | None = None,
     log_every: int = 10,
+    purge_from: int | None = None,
 ) -> Trainer:
-    """Return a Trainer on the devices that the config asks for. It logs to directory/version_N, if to any."""
+    """Return a Trainer on the devices that the config asks for. It logs to directory/version_N, if to any.
+
+    ``purge_from``: the step from which on TensorBoard is to forget what was logged there before.
+    """
     logger = directory is not None and TensorBoardLogger(
-        directory.parent, name=directory.name, version=version, default_hp_metric=False
+        directory.parent, name=directory.name, version=version, default_hp_metric=False, purge_step=purge_from
     )
     return Trainer(
         accelerator=pick_accelerator(cfg),
@@ -85,22 +90,39 @@ class TrainingCallbacks:
     cache: CacheMonitor
     speed: SpeedMonitor
     best: ModelCheckpoint
+    saving: Saving
     all: list[Callback]
 
 
-def build_callbacks(cfg: CfgNode) -> TrainingCallbacks:
-    """Return the callbacks of a training run."""
+def build_callbacks(cfg: CfgNode, *, new_settings: bool = False) -> TrainingCallbacks:
+    """Return the callbacks of a training run; ``new_settings``: resumed, with other settings of the optimizer."""
     cache, speed = _cache_monitor(cfg), SpeedMonitor()
     best = ModelCheckpoint(filename="best", monitor="val/acc1", mode="max", enable_version_counter=False)
     # After every epoch; save_last would follow the best only.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     # A probe's steps are not to be measured.
     probes = [GradientProbe(cfg.DROPIT.PROBE_EVERY)] if cfg.MODEL.DROPIT and cfg.DROPIT.PROBE_EVERY else []
-    keepers = [best, last, ConfigKeeper(cfg.dump()), RandomKeeper(), Interruptions(None if cfg.TRY_STEPS else last)]
+    random = RandomKeeper()
+    saving = Saving(
+        None if cfg.TRY_STEPS else last,
+        random,
+        every_steps=cfg.CHECKPOINT.EVERY_N_STEPS,
+        every_minutes=cfg.CHECKPOINT.EVERY_MINUTES,
+    )
+    keepers = [best, last, ConfigKeeper(cfg.dump()), random, saving]
     lines = [] if sys.stdout.isatty() else [EpochLines()]
     # Averages come before checkpoints, which keep them.
-    order = [*probes, cache, speed, *build_averaging(cfg), Dashboard(_hparams(cfg)), *keepers, *lines]
-    return TrainingCallbacks(cache, speed, best, [FiniteLoss(last), *order])
+    order = [
+        *probes,
+        cache,
+        speed,
+        *build_averaging(cfg),
+        SolverSettings(changed=new_settings),
+        Dashboard(_hparams(cfg)),
+        *keepers,
+        *lines,
+    ]
+    return TrainingCallbacks(cache, speed, best, saving, [FiniteLoss(last), *order])
 
 
 def _cache_monitor(cfg: CfgNode) -> CacheMonitor:

@@ -41,7 +41,7 @@ class CacheMonitor(dropit.CacheMonitor):
         each = trainer.strategy.all_gather(mine).flatten().tolist()
         tags = {f"dropit/cache_mb_process_{rank}": value for rank, value in enumerate(each)}
         for logger in trainer.loggers:
-            logger.log_metrics({**tags, "dropit/cache_max_mb": max(each)}, trainer.global_step)
+            logger.log_metrics({**tags, "dropit/cache_max_mb": max(each)}, self._step)
 
 
 class SpeedMonitor(Callback):
@@ -74,7 +74,7 @@ class SpeedMonitor(Callback):
         metrics["train/samples_per_sec"] = self._samples / seconds
         self._epochs.append(seconds / (batch_idx + 1))
         if trainer.logger is not None:
-            trainer.logger.log_metrics(metrics, trainer.global_step)
+            trainer.logger.log_metrics(metrics, trainer.global_step - 1)  # of the step that has been taken
 
     @property
     def measured(self) -> bool:

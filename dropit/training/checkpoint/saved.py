@@ -9,7 +9,7 @@ from dropit.training.checkpoint.files import find_damage, read_file
 from dropit.training.errors import SetupError
 
 # What Lightning and ConfigKeeper put into each.
-_PARTS = {"pytorch-lightning_version", "state_dict", "epoch", "global_step", "config"}
+_PARTS = {"pytorch-lightning_version": str, "state_dict": dict, "epoch": int, "global_step": int, "config": str}
 
 
 def newest(directory: Path, name: str) -> Path:
@@ -40,7 +40,9 @@ def read(path: Path) -> dict[str, Any]:
         checkpoint = read_file(path, "CKPT")
     except SetupError as error:
         raise SetupError(f"{error}{_beside(path)}") from error
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= _PARTS or not isinstance(checkpoint["config"], str):
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(name), kind) for name, kind in _PARTS.items()
+    ):
         raise SetupError(f"CKPT {path}: not a checkpoint of train.py{_beside(path)}")
     return checkpoint
 

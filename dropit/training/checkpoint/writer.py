@@ -17,10 +17,13 @@ from dropit.training.errors import SetupError
 class CheckpointWriter(TorchCheckpointIO):
     """Writes beside the target, syncs to the disk and renames, so that there is always a whole checkpoint."""
 
+    is_writing = False  # now
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write it. Raises SetupError where that fails; the checkpoint before is then unchanged."""
         path = Path(path)
         part = path.with_suffix(".part")
+        self.is_writing = True
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
@@ -38,6 +41,8 @@ class CheckpointWriter(TorchCheckpointIO):
             raise SetupError(
                 f"{path}: cannot be written ({cause.strerror}); what was saved before is as it was"
             ) from error
+        finally:
+            self.is_writing = False
 
 
 def _sync(directory: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 from dropit.training.config.keys import KEYS, Key, flatten
-from dropit.training.errors import ConfigError, suggest
+from dropit.training.errors import ConfigError, describe, suggest
 
 
 def check(cfg: CfgNode, origins: Mapping[str, Any]) -> None:
@@ -30,12 +30,40 @@ def check(cfg: CfgNode, origins: Mapping[str, Any]) -> None:
         refuse("PARALLEL", "ddp with SOLVER.EMA or DROPIT.PROBE_EVERY, which need whole weights")
 
 
+def doubtful(cfg: CfgNode) -> list[str]:
+    """Return a line for each combination of values that is allowed, but hardly meant."""
+    solver, lines = cfg.SOLVER, []
+    if solver.WARMUP_EPOCHS > solver.MAX_EPOCHS:
+        lines.append(f"SOLVER.WARMUP_EPOCHS {solver.WARMUP_EPOCHS} outlasts SOLVER.MAX_EPOCHS {solver.MAX_EPOCHS}")
+    late = [epoch for epoch in solver.MILESTONES if epoch >= solver.MAX_EPOCHS]
+    if late and solver.SCHEDULE == "multistep":
+        lines.append(f"SOLVER.MILESTONES {late} come after SOLVER.MAX_EPOCHS {solver.MAX_EPOCHS}")
+    if cfg.CHECK_VAL_EVERY_N_EPOCH > solver.MAX_EPOCHS and not cfg.TRY_STEPS:
+        lines.append(
+            f"CHECK_VAL_EVERY_N_EPOCH {cfg.CHECK_VAL_EVERY_N_EPOCH} with SOLVER.MAX_EPOCHS {solver.MAX_EPOCHS} is no "
+            f"evaluation, and no best.ckpt"
+        )
+    return lines
+
+
 def check_same(kept: str, cfg: CfgNode, sections: tuple[str, ...], source: object) -> None:
     """Raise ConfigError where the config that a checkpoint keeps, as text, differs from ``cfg`` in the sections."""
-    before = flatten(CfgNode.load_cfg(kept))
-    for key, value in flatten(cfg).items():
-        if key.startswith(sections) and key != "MODEL.PRETRAINED" and before.get(key, value) != value:
-            raise ConfigError(f"{source} does not fit: checkpoint {key} {before[key]}, config {value}")
+    for key, (before, now) in differing(kept, cfg, sections).items():
+        if key != "MODEL.PRETRAINED":
+            raise ConfigError(f"{source} does not fit: checkpoint {key} {before}, config {now}")
+
+
+def differing(kept: str, cfg: CfgNode, sections: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+    """Return by key, of the sections, where that config differs: its value, and that of ``cfg``."""
+    try:
+        before = flatten(CfgNode.load_cfg(kept))
+    except Exception as error:  # what another hand has written can raise nearly anything
+        raise ConfigError(f"the checkpoint's config cannot be read ({describe(error)})") from error
+    return {
+        key: (before[key], value)
+        for key, value in flatten(cfg).items()
+        if key.startswith(sections) and before.get(key, value) != value
+    }
 
 
 def ineffective(cfg: CfgNode) -> list[str]:

@@ -44,6 +44,7 @@ class Key:
     about: str
     needs: tuple[Need, ...] = ()
     element: type = str  # type of the elements of a list that is empty by default
+    is_path: bool = False  # of which ~ and $NAME are expanded
 
     @property
     def type(self) -> type:
@@ -64,13 +65,14 @@ def _three(text: str, fits: Callable[[float], bool]) -> Allowed:
 _ANYTHING = Allowed("", lambda value: True)
 _POSITIVE = Allowed("at least 1", lambda value: value >= 1)
 _NOT_NEGATIVE = Allowed("at least 0", lambda value: 0 <= value < float("inf"))
-_ABOVE_0 = Allowed("above 0", lambda value: 0 < value < float("inf"))
+_ABOVE_0 = Allowed("above 0, and of float32's range", lambda value: 0 < value < 3e38)
 _FRACTION = Allowed("in [0, 1]", lambda value: 0 <= value <= 1)
 _BELOW_1 = Allowed("in [0, 1)", lambda value: 0 <= value < 1)
 _FACTOR = Allowed("in (0, 1]", lambda value: 0 < value <= 1)
 _RATE = Allowed("in [0, 1), or -1 for the model's own", lambda value: 0 <= value < 1 or value == -1)
 _SHARE = Allowed("[low, high] with 0 < low <= high <= 1", lambda v: len(v) == 2 and 0 < v[0] <= v[1] <= 1)
 _BETAS = Allowed("two numbers in [0, 1)", lambda v: len(v) == 2 and all(0 <= beta < 1 for beta in v))
+_EPOCHS = Allowed("increasing epochs, from 1 on", lambda v: list(v) == sorted({*v}) and min(v, default=1) > 0)
 _ARCH = Allowed(f"a torchvision classifier, {', '.join(TINY)}, timm/NAME or hf/NAME", known_arch, names=ARCHS)
 
 _FILES = Need("with DATASET fake", lambda cfg: cfg.DATASET != "fake")
@@ -88,6 +90,7 @@ _DECAY = Need("without SOLVER.WEIGHT_DECAY", lambda cfg: cfg.SOLVER.WEIGHT_DECAY
 _MULTISTEP = Need("without SOLVER.SCHEDULE multistep", lambda cfg: cfg.SOLVER.SCHEDULE == "multistep")
 _MILESTONES = Need("without SOLVER.MILESTONES", lambda cfg: bool(cfg.SOLVER.MILESTONES))
 _WARMUP = Need("without SOLVER.WARMUP_EPOCHS", lambda cfg: cfg.SOLVER.WARMUP_EPOCHS > 0)
+_WORKERS = Need("without DATALOADER.NUM_WORKERS", lambda cfg: cfg.DATALOADER.NUM_WORKERS > 0)
 _PROCESSES = Need("in a single process", lambda cfg: cfg.NUM_NODES * cfg.NUM_GPUS > 1)
 
 # For each key its name, default and allowed values in one line, and its description below.
@@ -103,14 +106,20 @@ _KEYS = (
     Key("ACCELERATOR", "auto", _one_of(("auto", "gpu", "cpu")),
         "What the processes run on: gpu, cpu, or auto (GPUs where there are any)"),
     Key("CHECK_VAL_EVERY_N_EPOCH", 1, _POSITIVE, "Epochs from one evaluation to the next"),
-    Key("CKPT", "", _ANYTHING, "Checkpoint to evaluate or to resume from; \"\" takes the newest of this config's runs"),
-    Key("OUTPUT_DIR", "outputs", _ANYTHING, "Where runs go: configs/a/b.yaml writes to OUTPUT_DIR/a/b"),
+    Key("CKPT", "", _ANYTHING, "Checkpoint to evaluate or to resume from; \"\" takes the newest of this config's runs",
+        is_path=True),
+    Key("CHECKPOINT.EVERY_N_STEPS", 0, _NOT_NEGATIVE,
+        "Steps from one writing of last.ckpt to the next within an epoch; 0 for its end only"),
+    Key("CHECKPOINT.EVERY_MINUTES", 0.0, _NOT_NEGATIVE,
+        "Minutes from one writing of last.ckpt to the next within an epoch; 0 for its end only"),
+    Key("OUTPUT_DIR", "outputs", _ANYTHING, "Where runs go: configs/a/b.yaml writes to OUTPUT_DIR/a/b", is_path=True),
     Key("SEED", 42, Allowed("in [0, 2^32)", lambda value: 0 <= value < 2**32),
         "Seed of weights, shuffling, augmentation and the random strategy"),
     Key("TRY_STEPS", 0, _NOT_NEGATIVE,
         "Steps after which to stop, to try a config out, without writing anything; 0 for a whole run"),
     Key("TRAIN.PATH", "", _ANYTHING,
-        'Image folder, PATH/<class>/<image>; "" downloads what can be downloaded (cifar10, cifar100)', needs=(_FILES,)),
+        'Image folder, PATH/<class>/<image>; "" downloads what can be downloaded (cifar10, cifar100)', needs=(_FILES,),
+        is_path=True),
     Key("TRAIN.CROP", "none", _one_of(CROPS),
         "pad (reflect by 4, random crop), random_resized (a random part, resized) or none"),
     Key("TRAIN.CROP_SCALE", [0.08, 1.0], _SHARE,
@@ -131,7 +140,8 @@ _KEYS = (
         "Precision of the computation: 32, tf32 (GPU), bf16 or fp16 (GPU); the last two by autocast"),
     Key("TRAIN.COMPILE", False, _ANYTHING, "Compile the model by torch.compile"),
     Key("TRAIN.CHANNELS_LAST", False, _ANYTHING, "Images and convolutions with the channels innermost in memory"),
-    Key("VAL.PATH", "", _ANYTHING, "Image folder of the validation images, as TRAIN.PATH", needs=(_FILES,)),
+    Key("VAL.PATH", "", _ANYTHING, "Image folder of the validation images, as TRAIN.PATH", needs=(_FILES,),
+        is_path=True),
     Key("VAL.RESIZE", 0, _NOT_NEGATIVE,
         "Shorter side before the centre crop of INPUT.SIZE; 0 resizes the whole image to INPUT.SIZE"),
     Key("INPUT.SIZE", 224, _POSITIVE, "Side of the square images that the model takes, in pixels"),
@@ -146,7 +156,7 @@ _KEYS = (
         "Stem of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3)"),
     Key("MODEL.PRETRAINED", "", _ANYTHING,
         "Weights to start from: torchvision's or timm's name (IMAGENET1K_V1, a1_in1k) or a local file; "
-        '"" starts from scratch'),
+        '"" starts from scratch', is_path=True),
     Key("MODEL.DROPOUT", -1.0, _RATE, "Dropout; -1 for the model's own"),
     Key("MODEL.ATTENTION_DROPOUT", -1.0, _RATE, "Dropout of attention's weights; -1 for the model's own"),
     Key("MODEL.DROP_PATH", -1.0, _RATE, "Largest rate of stochastic depth; -1 for the model's own"),
@@ -179,6 +189,8 @@ _KEYS = (
         needs=(_DROPIT,)),
     Key("DROPIT.SKIP", [], _ANYTHING, "Names of layers to leave plain; * matches any part of a name", needs=(_DROPIT,)),
     Key("DATALOADER.NUM_WORKERS", 4, _NOT_NEGATIVE, "Processes that load images, for each training process"),
+    Key("DATALOADER.TIMEOUT", 5.0, _NOT_NEGATIVE,
+        "Minutes that a batch of the loader processes is waited for; 0 for ever", needs=(_WORKERS,)),
     Key("DATALOADER.CACHE", False, _ANYTHING, "Keep the decoded images in memory, in uint8; they must be of one size"),
     Key("DATALOADER.ON_DEVICE", False, _ANYTHING, "Crop by pad, flip and normalize whole batches on the device"),
     Key("DATALOADER.UNREADABLE", "fail", _one_of(UNREADABLE),
@@ -199,7 +211,7 @@ _KEYS = (
     Key("SOLVER.SCHEDULE", "multistep", _one_of(SCHEDULES), "multistep or cosine (to MIN_LR at MAX_EPOCHS)"),
     Key("SOLVER.MIN_LR", 0.0, _NOT_NEGATIVE, "Least learning rate"),
     Key("SOLVER.GAMMA", 0.1, _FRACTION, "Factor of multistep", needs=(_MULTISTEP, _MILESTONES)),
-    Key("SOLVER.MILESTONES", [], Allowed("increasing epochs", lambda value: list(value) == sorted({*value} - {0})),
+    Key("SOLVER.MILESTONES", [], _EPOCHS,
         "Epochs at which multistep applies GAMMA", needs=(_MULTISTEP,), element=int),
     Key("SOLVER.WARMUP_EPOCHS", 0, _NOT_NEGATIVE, "Epochs over which the rate rises from WARMUP_FACTOR * LR to LR"),
     Key("SOLVER.WARMUP_FACTOR", 0.1, _FACTOR, "Where the warm-up starts, as a part of LR", needs=(_WARMUP,)),

@@ -59,6 +59,8 @@ def _compose_file(path: Path) -> yaml.Node:
         raise ConfigError(f"{path}:{line}: {error.problem}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deep") from error
     if root is None:
         raise ConfigError(f"{path}: the file is empty")
     if not isinstance(root, yaml.MappingNode):
@@ -105,8 +107,8 @@ def _compose_override(key: str, text: str) -> yaml.Node:
         return yaml.ScalarNode("tag:yaml.org,2002:str", text)
     try:
         node: yaml.Node = yaml.compose(text, Loader=yaml.SafeLoader)  # type: ignore[assignment]
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}: cannot read {text!r} (command line)") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{key}: cannot read {text[:200]!r} (command line)") from error
     return node
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +50,26 @@ def _convert_scalar(key: Key, node: yaml.Node, origin: Origin) -> Any:
     if node.tag == "tag:yaml.org,2002:null" and node.style is None:
         raise ConfigError(f"{key.name} has no value ({origin})")
     if kind is str:
-        return node.value
+        return _path(key, node.value, origin) if key.is_path else node.value
     try:
         if node.style is not None:  # quoted in the file: meant as a string
             raise ValueError
         return _parse(node.value, kind)
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"{key.name} must be {_EXPECTED[kind]}, got {node.value!r} ({origin})") from error
+
+
+def _path(key: Key, text: str, origin: Origin) -> str:
+    """Return a path with ~ and $NAME expanded; raises ConfigError for one that no system has."""
+    expanded = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111
+    if unset := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ConfigError(f"{key.name}: {unset[0]} is not set in the environment, got {text!r} ({origin})")
+    try:
+        if "\0" in os.fsencode(expanded).decode("latin-1"):
+            raise ValueError
+    except ValueError as error:  # or a character that no file name can have
+        raise ConfigError(f"{key.name} must be a path, got {text!r} ({origin})") from error
+    return expanded
 
 
 def _parse(text: str, kind: type) -> Any:

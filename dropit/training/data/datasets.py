@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -19,6 +20,7 @@ from dropit.training.errors import ConfigError, SetupError
 DATASETS = ("digits", "cifar10", "cifar100", "imagenet", "folder", "fake")
 UNREADABLE = ("fail", "skip")
 EXTENSIONS = (*IMG_EXTENSIONS, ".jfif")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")  # of these; some of Pillow's others start programs
 DOWNLOADS = Path("data")
 _CIFAR = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
@@ -109,9 +111,29 @@ class Folder(DatasetFolder):
     """
 
     def __init__(self, path: str, *, skip: bool = False) -> None:
-        super().__init__(path, read_image, EXTENSIONS)
+        super().__init__(path, read_image, EXTENSIONS)  # which calls make_dataset
         self.skip = skip
         self.unreadable = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path,
+        class_to_idx: dict[str, int],
+        extensions: Any = None,
+        is_valid_file: Any = None,
+        allow_empty: bool = False,
+    ) -> list[tuple[str, int]]:
+        """Return paths and class numbers, sorted; no hidden file, and no directory twice where links lead to it again.
+
+        Raises FileNotFoundError for a class without an image.
+        """
+        samples: list[tuple[str, int]] = []
+        for name, label in sorted(class_to_idx.items()):
+            found = list(_images(str(Path(directory, name)), ()))
+            if not found:
+                raise FileNotFoundError(f"no image in class {name} (of {', '.join(EXTENSIONS)})")
+            samples += [(path, label) for path in found]
+        return samples
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         for step in range(len(self.samples)):
@@ -134,10 +156,31 @@ class Folder(DatasetFolder):
         return [self.samples[place][0] for place in self.unreadable.nonzero().flatten().tolist()]
 
 
+def _images(directory: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Yield the paths of the images below a directory, in order; ``above``: the directories that lead to it."""
+    real = os.path.realpath(directory)
+    if real in above:
+        return
+    with os.scandir(directory) as entries:
+        shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    yield from (entry.path for entry in shown if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir())
+    for entry in shown:
+        if entry.is_dir():
+            yield from _images(entry.path, (*above, real))
+
+
 def read_image(path: str) -> Image.Image:
-    """Return the image in a file, in RGB; 16 bits are scaled to 8."""
-    with Image.open(path) as image:
-        return (_scaled(image) if image.mode.startswith("I") else image).convert("RGB")
+    """Return the image in a file, upright and in RGB; 16 bits are scaled to 8.
+
+    Raises what Pillow raises, and ValueError for what is no regular file, or has pixels of 32 bits.
+    """
+    if not Path(path).is_file():  # one can wait for a pipe forever
+        raise ValueError("not a regular file" if Path(path).exists() else "no such file")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError("pixels of 32 bits, of which nothing says what is white; 8 or 16 bits would do")
+        upright = ImageOps.exif_transpose(image)
+        return (_scaled(upright) if image.mode.startswith("I") else upright).convert("RGB")
 
 
 def _scaled(image: Image.Image) -> Image.Image:

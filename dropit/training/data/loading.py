@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import signal
 from collections.abc import Iterator
 from typing import cast
 
@@ -12,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from dropit.training.data.sampler import SharedBatches
 from dropit.training.data.samples import Key, Loaded, Samples
-from dropit.training.errors import ConfigError, UserError
+from dropit.training.errors import ConfigError, SetupError, UserError
 
 
 class Loader(DataLoader[Loaded | UserError]):
@@ -24,11 +27,14 @@ class Loader(DataLoader[Loaded | UserError]):
     sampler: SharedBatches
 
     def __iter__(self) -> Iterator[Loaded]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
-            self.sampler.taken += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, UserError):
+                    raise batch
+                self.sampler.taken += 1
+                yield batch
+        except RuntimeError as error:
+            raise lost_worker(error) or error from error
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the epoch, which Lightning keeps in checkpoints."""
@@ -46,8 +52,41 @@ class Loader(DataLoader[Loaded | UserError]):
         self.sampler.start = self.sampler.taken = state["taken"]
 
 
+def lost_worker(error: BaseException) -> SetupError | None:
+    """Return what to say where a RuntimeError of PyTorch's is of a loader process that ended or does not answer."""
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+        return None
+    if "timed out" in text:
+        return SetupError(
+            f"a loader process has not sent a batch within DATALOADER.TIMEOUT: it waits for a file, or for shared "
+            f"memory, of which {_free_shared_memory()} free; fewer DATALOADER.NUM_WORKERS (0 for none) need less of it"
+        )
+    killed = re.search(r"killed by signal: ([\w ]+)", text)
+    return SetupError(
+        f"a loader process was ended{f' ({killed[1].strip()})' if killed else ''}: for want of memory, most likely; "
+        f"shared memory has {_free_shared_memory()} free; fewer DATALOADER.NUM_WORKERS (0 for none) need less"
+    )
+
+
+def _free_shared_memory() -> str:
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return "an unknown part"
+    return f"{usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB"
+
+
+def _leave_interrupts_to_parent(_: int) -> None:
+    """A terminal's Ctrl-C reaches loader processes as well, which would print a traceback each."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class ImageData(LightningDataModule):
-    """Both loaders, and what is done to a batch on its device. ``batch_size`` is that of one process."""
+    """Both loaders, and what is done to a batch on its device.
+
+    ``batch_size`` is that of one process; ``timeout``: seconds after which a loader process is given up, 0 for never.
+    """
 
     def __init__(
         self,
@@ -56,12 +95,13 @@ class ImageData(LightningDataModule):
         *,
         batch_size: int,
         num_workers: int = 0,
+        timeout: float = 0,
         repeats: int = 1,
     ) -> None:
         super().__init__()
         self.train, self.val = train, val
         self.batch_size, self.repeats = batch_size, repeats
-        self.num_workers = num_workers
+        self.num_workers, self.timeout = num_workers, timeout
 
     def steps_per_epoch(self, processes: int) -> int:
         """Return the training batches of each process in an epoch."""
@@ -103,6 +143,8 @@ class ImageData(LightningDataModule):
             batch_size=None,  # the keys are those of a batch
             sampler=SharedBatches(samples, self.batch_size, train=train, rank=rank, world=world, repeats=repeats),
             num_workers=self.num_workers,
+            timeout=self.timeout if self.num_workers else 0,
+            worker_init_fn=_leave_interrupts_to_parent,
             pin_memory=device == "cuda",
             generator=torch.Generator(),  # else it draws seeds that nothing uses from torch's
             persistent_workers=self.num_workers > 0,

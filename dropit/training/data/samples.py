@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from dropit.training.data.batches import BatchMix, DeviceTransform, Place
 from dropit.training.data.datasets import Cached, Folder, Source
 from dropit.training.data.seeding import MIX, SAMPLE, derive_seed, preserved_generator
 from dropit.training.data.transforms import ImageTransform
-from dropit.training.errors import ConfigError, UserError
+from dropit.training.errors import ConfigError, SetupError, UserError, describe
 
 
 class Key(NamedTuple):
@@ -73,13 +73,26 @@ class Samples(Dataset[Loaded | UserError]):
         with preserved_generator() as generator:
             for key in keys:
                 generator.manual_seed(derive_seed(self.seed, SAMPLE, *key))
-                image, label, place = self._sample(key.sample)
+                image, label, place = self._named_sample(key.sample)
                 images.append(image)
                 labels.append(label)
                 places.append(place)
         _check_sizes(images)
         mix_seed = derive_seed(self.seed, MIX, *keys[0])  # its first key tells it from other processes' batches too
         return Loaded(torch.stack(images), torch.tensor(labels), torch.tensor(places), mix_seed)
+
+    def _named_sample(self, index: int) -> tuple[Tensor, int, Place]:
+        """Return the sample; any error names it, and the process that loads it if that is another."""
+        try:
+            return self._sample(index)
+        except ConfigError:
+            raise
+        except Exception as error:
+            worker = get_worker_info()
+            where = f" in loader process {worker.id}" if worker else ""
+            what = str(error) if isinstance(error, UserError) else describe(error)
+            name = self._folder.samples[index][0] if self._folder else f"image {index}"
+            raise SetupError(what if name in what else f"{name}{where}: {what}") from error
 
     def _sample(self, index: int) -> tuple[Tensor, int, Place]:
         if self.device_transform:

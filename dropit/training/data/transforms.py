@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-from dropit.training.errors import ConfigError
+from dropit.training.errors import ConfigError, SetupError, UserError, describe
 
 Steps = tuple[v2.Transform, ...]
 CROPS = ("none", "pad", "random_resized")
@@ -66,9 +66,15 @@ class ImageTransform:
 
 
 def apply(steps: Steps, image: Image.Image) -> Image.Image:
-    """Return the image after the steps."""
+    """Return the image after the steps; raises SetupError with the name of one that fails."""
     for step in steps:
-        image = step(image)
+        try:
+            image = step(image)
+        except UserError:
+            raise
+        except Exception as error:  # whatever torchvision raises
+            size = " x ".join(map(str, image.size))
+            raise SetupError(f"{type(step).__name__} fails on an image of {size} ({describe(error)})") from error
     return image
 
 

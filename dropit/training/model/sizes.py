@@ -24,6 +24,21 @@ def state_sizes(model: nn.Module) -> tuple[int, int]:
     return weights, sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
 
+def step_memory(model: nn.Module, input_shape: Sequence[int], cache: int, optimizer_slots: int) -> dict[str, int]:
+    """Return the bytes of a step's parts, by name, whose sum is its predicted peak.
+
+    ``cache``: what is saved for backward; ``optimizer_slots``: tensors that the optimizer keeps for each parameter.
+    """
+    weights, gradients = state_sizes(model)
+    return {
+        "weights and buffers": weights,
+        "gradients": gradients,
+        "optimizer state": optimizer_slots * gradients,
+        "cache": cache,
+        "largest transient": largest_transient(model, input_shape),
+    }
+
+
 def forward_flops(model: nn.Module, input_shape: Sequence[int]) -> int:
     """Return the operations of one sample's forward pass; a multiplication and an addition are two."""
     x = torch.empty((1, *input_shape[1:]), device="meta")

@@ -10,7 +10,7 @@ from dropit.training.builders.model import build_module
 from dropit.training.builders.trainer import build_trainer
 from dropit.training.checkpoint import saved
 from dropit.training.config.check import check_same
-from dropit.training.errors import ConfigError
+from dropit.training.errors import ConfigError, SetupError, describe
 from dropit.training.run.start import run_dir, start
 
 _SAME = ("MODEL.ARCH", "MODEL.NUM_CLASSES", "MODEL.STEM")  # as in the checkpoint
@@ -26,7 +26,11 @@ def evaluate(cfg_path: str, overrides: Sequence[str], *, resume: bool = False) -
     checkpoint = saved.read(path)
     check_same(checkpoint["config"], cfg, _SAME, path)
     classifier = build_module(cfg, convert=False)
-    classifier.load_state_dict(checkpoint["state_dict"])
+    try:
+        classifier.load_state_dict(checkpoint["state_dict"])
+    except Exception as error:  # what another hand has written can raise nearly anything
+        check_same(checkpoint["config"], cfg, ("INPUT.SIZE", "MODEL."), path)
+        raise SetupError(f"CKPT {path}: its weights are not this model's ({describe(error)})") from error
     trainer = build_trainer(cfg)
     (metrics,) = trainer.validate(classifier, data, verbose=False)
     if trainer.is_global_zero:

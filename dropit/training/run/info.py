@@ -12,7 +12,7 @@ from dropit.training.builders.conversion import convert_layers
 from dropit.training.builders.machine import batch_size
 from dropit.training.builders.model import build_network, optimizer_slots
 from dropit.training.errors import ConfigError
-from dropit.training.model.sizes import build_on_meta, forward_flops, largest_transient, state_sizes
+from dropit.training.model.sizes import build_on_meta, forward_flops, step_memory
 from dropit.training.run.start import read_config
 
 MIB = 2**20
@@ -79,14 +79,7 @@ def _print_coverage(model: nn.Module) -> None:
 
 
 def _print_peak(model: nn.Module, input_shape: Sequence[int], cache: int, optimizer_slots: int) -> None:
-    weights, gradients = state_sizes(model)
-    parts = {
-        "weights and buffers": weights,
-        "gradients": gradients,
-        "optimizer state": optimizer_slots * gradients,
-        "cache": cache,
-        "largest transient": largest_transient(model, input_shape),
-    }
+    parts = step_memory(model, input_shape, cache, optimizer_slots)
     print("predicted peak of a step, MiB")
     for name, nbytes in parts.items():
         print(f"  {name:20}{nbytes / MIB:10.1f}")

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from yacs.config import CfgNode
 
 from dropit.training.builders.machine import check_machine
-from dropit.training.config.check import ineffective
+from dropit.training.config.check import doubtful, ineffective
 from dropit.training.config.load import load
 
 _KNOWN_WARNINGS = (
@@ -36,10 +36,10 @@ def start(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
 
 
 def read_config(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
-    """Return the config, and warn of keys that have no effect."""
+    """Return the config, and warn of keys that have no effect, or hardly the one that is meant."""
     _quiet()
     cfg = load(cfg_path, overrides)
-    for line in ineffective(cfg):
+    for line in (*ineffective(cfg), *doubtful(cfg)):
         say(f"train.py: warning: {line}", file=sys.stderr)
     return cfg
 

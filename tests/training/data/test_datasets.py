@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
@@ -64,6 +65,55 @@ def test_grey_values_keep_their_range(tmp_path, dtype, top):
     pixels = np.asarray(folder(tmp_path)[0][0])
     assert np.array_equal(pixels[..., 0], np.arange(256).reshape(16, 16))
     assert np.array_equal(pixels[..., 0], pixels[..., 2])
+
+
+@pytest.mark.parametrize(("dtype", "format"), [(np.int32, "TIFF"), (np.float32, "TIFF")])
+def test_pixels_of_32_bits_are_refused(tmp_path, dtype, format):
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(np.full((4, 4), 200, dtype)).save(tmp_path / "grey" / "0.tif", format)
+    with pytest.raises(SetupError, match=r"0.tif: cannot be read \(pixels of 32 bits"):
+        folder(tmp_path)[0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_an_image_is_turned_upright(tmp_path, mode, suffix):
+    """As its EXIF says: 6 is a quarter turn."""
+    if mode == "I;16" and suffix == "jpg":
+        pytest.skip("there is no such file")
+    (tmp_path / "photo").mkdir()
+    lying = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "photo" / f"0.{suffix}", exif=exif)
+    assert folder(tmp_path)[0][0].size == (2, 3)
+
+
+def test_only_files_that_are_seen_are_images(tmp_path):
+    """Neither hidden ones, as macOS leaves them beside others, nor directories; a link back is followed once."""
+    (tmp_path / "data" / "cat" / "more").mkdir(parents=True)
+    for name in ("b.png", "a.JPG", ".c.png", "._a.JPG", "more/d.png", "more/.e.png", "notes.txt"):
+        Image.new("RGB", (2, 2)).save(tmp_path / "data" / "cat" / name, "PNG")
+    (tmp_path / "data" / "cat" / "f.png").mkdir()
+    (tmp_path / "data" / "cat" / "more" / "back").symlink_to(tmp_path / "data" / "cat")
+    (tmp_path / "data" / "cat" / "self").symlink_to("self")
+    paths = [os.path.relpath(path, tmp_path / "data" / "cat") for path, _ in folder(tmp_path / "data").samples]
+    assert paths == ["a.JPG", "b.png", "more/d.png"]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    (tmp_path / "cat").mkdir()
+    os.mkfifo(tmp_path / "cat" / "0.png")
+    with pytest.raises(SetupError, match=r"0.png: cannot be read \(not a regular file\)"):
+        folder(tmp_path)[0]
+
+
+def test_a_file_of_another_format_is_not_opened_by_its_plugin(tmp_path):
+    """Pillow hands EPS to Ghostscript, which runs programs."""
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "0.jpg", "EPS")
+    with pytest.raises(SetupError, match=r"0.jpg: cannot be read \(cannot identify image file"):
+        folder(tmp_path)[0]
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n\x00\x00\x00"])
@@ -153,7 +203,7 @@ def test_a_flat_folder_and_an_empty_class_are_refused(tmp_path):
     with pytest.raises(SetupError, match=r"VAL.PATH .* expected"):
         folder(tmp_path, train=False)
     (tmp_path / "cat").mkdir()
-    with pytest.raises(SetupError, match=r"Found no valid file for the classes cat"):
+    with pytest.raises(SetupError, match=r"no image in class cat \(of .jpg, "):
         folder(tmp_path, train=False)
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import train
+from dropit.training.errors import SetupError
+from dropit.training.model.classifier import Classifier
 from tests import processes
-from tests.training.outcome import events, scalars
+from tests.training.outcome import events, failure, scalars
 
 ROOT = Path(__file__).parents[3]
 
@@ -133,6 +135,62 @@ def test_shared_weights_train_with_dropping_and_each_processs_cache_is_told(conf
     first, second, most = (scalars(log, f"dropit/cache_{tag}")[0] for tag in ("mb_process_0", "mb_process_1", "max_mb"))
     assert most == max(first, second) == pytest.approx(min(first, second), rel=0.1)
     assert scalars(log, "dropit/cache_ratio")[0] == pytest.approx(0.66, abs=0.03)
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_nothing(config, capsys, monkeypatch):
+    def failing(self):
+        raise SetupError("broken")
+
+    monkeypatch.setattr(Classifier, "configure_optimizers", failing)
+    assert failure(capsys, "--cfg", config) == (1, "train.py: broken\n")
+    assert list(Path("outputs/few/vit").iterdir()) == []
+
+
+def test_a_resumed_run_takes_the_configs_settings_and_says_so(config, capsys):
+    arguments = ["--cfg", config, "SOLVER.OPTIMIZER", "sgd"]
+    assert train.main([*arguments, "SOLVER.MAX_EPOCHS", "1"]) == 0
+    new = ["SOLVER.LR", "0.03", "SOLVER.MOMENTUM", "0.5", "SOLVER.WEIGHT_DECAY", "0.01"]
+    capsys.readouterr()
+    assert train.main([*arguments, "--resume", "SOLVER.MAX_EPOCHS", "2", *new]) == 0
+    assert "resumed      with SOLVER.LR 0.03, which was " in capsys.readouterr().out
+    last = torch.load("outputs/few/vit/version_0/checkpoints/last.ckpt", weights_only=True)
+    (group,) = last["optimizer_states"][0]["param_groups"]
+    assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.03, 0.5, 0.01)
+    assert scalars(events("outputs/few/vit/version_0"), "lr-SGD")[-1] == pytest.approx(0.03)
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        (["INPUT.SIZE", "32"], ["INPUT.SIZE", "64"]),
+        (["SEED", "1"], ["SEED", "2"]),
+        (["SOLVER.EMA", "0.9"], ["SOLVER.EMA", "0"]),
+        (
+            ["SOLVER.WEIGHT_DECAY", "0.1", "SOLVER.NO_DECAY", "bias"],
+            ["SOLVER.WEIGHT_DECAY", "0.0", "SOLVER.NO_DECAY", "bias"],
+        ),
+    ],
+)
+def test_what_a_resumed_run_cannot_change_is_refused_by_name(config, capsys, before, now):
+    assert train.main(["--cfg", config, "SOLVER.MAX_EPOCHS", "1", *before]) == 0
+    capsys.readouterr()
+    code, line = failure(capsys, "--cfg", config, "--resume", "SOLVER.MAX_EPOCHS", "2", *now)
+    assert code == 2
+    assert now[0] in line
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), MemoryError("all")])
+def test_where_memory_is_short_it_says_what_would_need_less(config, capsys, monkeypatch, error):
+    def failing(self, batch, batch_idx):
+        raise error
+
+    monkeypatch.setattr(Classifier, "training_step", failing)
+    assert train.main(["--cfg", config]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith(f"train.py: {str(error).split('.')[0]}: the settings above need less")
+    peaks = {line.split("  ")[1]: float(line.split()[-1]) for line in said.out.splitlines() if line.startswith("  ")}
+    named = {name.split("COMPRESS ")[-1].split(" ")[0]: peak for name, peak in peaks.items()}
+    assert named["int2"] < named["int4"] < named["int8"] < named["as"]
 
 
 def test_a_try_writes_nothing(config, capsys):
