@@ -95,7 +95,7 @@ class CacheMonitor(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before a step that is measured."""
         if self._epoch != trainer.current_epoch:
-            self._epoch, self._step = trainer.current_epoch, trainer.global_step
+            self._step = trainer.global_step
             self.dense_mb = self.measure_dense(trainer, pl_module, batch, batch_idx)
             self._meter = CacheMeter(pl_module).__enter__()
 
@@ -106,6 +106,7 @@ class CacheMonitor(Callback):
         if self._meter is None:
             return
         self._stop()
+        self._epoch = trainer.current_epoch
         if self.cache_mb:  # 0 where training_step left the batch out
             self.log_cache(trainer, pl_module)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 import dropit
 
@@ -91,6 +92,7 @@ class SpeedMonitor(Callback):
 class Dashboard(Callback):
     """Fills TensorBoard's custom-scalars page, accuracy beside cache, and its hparams page, one row a run."""
 
+    METRICS = ("val/acc1", "dropit/cache_mb")
     PAGE = {  # noqa: RUF012
         "DropIT": {
             "accuracy": ["Multiline", ["val/acc1"]],
@@ -98,20 +100,16 @@ class Dashboard(Callback):
         }
     }
 
-    def __init__(self, hparams: dict[str, Any]) -> None:
-        self._hparams = hparams
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._hparams = settings
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the layout of the custom-scalars page."""
+        """Write the layout of the custom-scalars page, and the settings, beside which TensorBoard shows the metrics."""
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-            trainer.logger.experiment.add_custom_scalars(self.PAGE)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the row of hparams: the settings and the final metrics."""
-        if isinstance(trainer.logger, TensorBoardLogger):
-            wanted = ("val/acc1", "dropit/cache_mb")
-            metrics = {tag: trainer.callback_metrics[tag] for tag in wanted if tag in trainer.callback_metrics}
-            trainer.logger.log_hyperparams(self._hparams, metrics, trainer.global_step)
+            board = trainer.logger.experiment
+            board.add_custom_scalars(self.PAGE)
+            for summary in hparams(self._hparams, dict.fromkeys(self.METRICS, 0.0)):
+                board._get_file_writer().add_summary(summary)
 
 
 class EpochLines(Callback):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from time import monotonic
@@ -139,12 +138,14 @@ class Saving(Callback):
         try:
             if trainer.validating:
                 self._leave_evaluation(trainer)
-            else:
-                _rewind(trainer)
+            elif _rewind(trainer):
                 self._random.rewind()
+            else:  # the end of the epoch before has been written, and nothing since
+                self.saved = self._at_end
+                return
             self.saved = self._write(trainer)
-        except Exception as error:  # the first one is what the user is to read
-            print(f"train.py: warning: no checkpoint could be written: {error}", file=sys.stderr)
+        except Exception:  # the first one is what the user is to read
+            self.saved = None
 
     def _stop_later(self, signum: int, frame: Any) -> None:
         self._signals += 1
@@ -202,8 +203,11 @@ def _most(trainer: Trainer, number: int) -> int:
     return int(trainer.strategy.all_gather(mine).max())
 
 
-def _rewind(trainer: Trainer) -> None:
-    """Have the loops' and the loader's state say that the step that has failed was not begun."""
+def _rewind(trainer: Trainer) -> int:
+    """Have the loops' and the loader's state say that the step that has failed was not begun.
+
+    Returns the batches of the epoch that come before it.
+    """
     loop: Any = trainer.fit_loop.epoch_loop
     current, total = loop.batch_progress.current, loop.batch_progress.total
     excess = current.completed % trainer.accumulate_grad_batches
@@ -215,3 +219,4 @@ def _rewind(trainer: Trainer) -> None:
     loaders = trainer.fit_loop._combined_loader
     for loader in loaders.flattened if loaders is not None else ():
         loader.sampler.taken = current.completed
+    return int(current.completed)

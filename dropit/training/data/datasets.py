@@ -163,10 +163,17 @@ def _images(directory: str, above: tuple[str, ...]) -> Iterator[str]:
         return
     with os.scandir(directory) as entries:
         shown = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
-    yield from (entry.path for entry in shown if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir())
+    yield from (entry.path for entry in shown if entry.name.lower().endswith(EXTENSIONS) and not _is_dir(entry))
     for entry in shown:
-        if entry.is_dir():
+        if _is_dir(entry):
             yield from _images(entry.path, (*above, real))
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def read_image(path: str) -> Image.Image:
@@ -176,9 +183,11 @@ def read_image(path: str) -> Image.Image:
     """
     if not Path(path).is_file():  # one can wait for a pipe forever
         raise ValueError("not a regular file" if Path(path).exists() else "no such file")
-    with Image.open(path, formats=FORMATS) as image:
+    # Of a file and not a path, which Pillow would map into memory: so it misreads TIFFs that lie on their side.
+    with Path(path).open("rb") as file, Image.open(file, formats=FORMATS) as image:
         if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
             raise ValueError("pixels of 32 bits, of which nothing says what is white; 8 or 16 bits would do")
+        image.load()  # which turns some by itself
         upright = ImageOps.exif_transpose(image)
         return (_scaled(upright) if image.mode.startswith("I") else upright).convert("RGB")
 

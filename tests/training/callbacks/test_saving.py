@@ -1,3 +1,4 @@
+import functools
 import os
 import signal
 from pathlib import Path
@@ -46,8 +47,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(config, capsys, monkeypatch
     assert_same_run("outputs", "other")
 
 
+@pytest.mark.parametrize("number", [3, 7, 8, 9])
 @pytest.mark.parametrize("where", ["data", "step", "evaluation"])
-def test_an_error_loses_no_step(config, monkeypatch, where):
+def test_an_error_loses_no_step(config, monkeypatch, where, number):
     """Where a sample cannot be loaded, a step fails, or an evaluation."""
     arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "10", "SOLVER.EMA", "0.9", *NOISE]
     assert train.main(arguments) == 0
@@ -58,9 +60,10 @@ def test_an_error_loses_no_step(config, monkeypatch, where):
     }[where]
     real, calls = getattr(kind, name), []
 
+    @functools.wraps(real)
     def failing(self, *given):
         calls.append(given)
-        if len(calls) == 7:
+        if len(calls) == number:
             raise SetupError("broken")
         return real(self, *given)
 
@@ -78,9 +81,9 @@ def test_a_checkpoint_is_written_every_so_many_steps(config, monkeypatch):
     monkeypatch.setattr(
         CheckpointWriter,
         "save_checkpoint",
-        lambda self, content, path, options=None: (
+        lambda self, content, path, storage_options=None: (
             steps.append((content["global_step"], Path(path).name)),
-            real(self, content, path, options),
+            real(self, content, path),
         ),
     )
     arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "5", "SOLVER.MAX_EPOCHS", "1", "CHECKPOINT.EVERY_N_STEPS", "3"]

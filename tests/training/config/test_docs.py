@@ -31,13 +31,13 @@ def test_every_key_is_in_the_page_and_every_section_once(config_docs):
     page = config_docs.page()
     assert list(rows(page)) == list(KEYS)
     sections = [line for line in page.splitlines() if line.startswith("## ")]
-    assert len(sections) == len(set(sections)) == 8
+    assert len(sections) == len(set(sections)) == 9
 
 
 def test_a_row_shows_type_default_and_what_is_allowed(config_docs):
     shown = rows(config_docs.page())
     assert shown["DROPIT.GAMMA"].startswith("| `DROPIT.GAMMA` | number | `0.9` | in [0, 1) | Fraction of ")
     assert "| `none`, `pad`, `random_resized`" in shown["TRAIN.CROP"]
-    milestones = "| `SOLVER.MILESTONES` | list of integers | `[]` | increasing epochs |"
+    milestones = "| `SOLVER.MILESTONES` | list of integers | `[]` | increasing epochs, from 1 on |"
     assert shown["SOLVER.MILESTONES"].startswith(milestones)
     assert "\\<class>" in shown["TRAIN.PATH"]  # or a browser would take it for a tag

@@ -117,7 +117,10 @@ def test_values_are_read_by_the_type_of_the_key(write, key, text, value):
         ("SOLVER: {LR: 1\n", "cfg.yaml:2: expected ',' or '}', but got '<stream end>'"),
         ("? [a]\n: 1\n", "a key must be a name, got a list (cfg.yaml:1)"),
         ("SOLVER:\n  MILESTONES: [60, x]\n", "SOLVER.MILESTONES must be an integer, got 'x' (cfg.yaml:2)"),
-        ("SOLVER:\n  MILESTONES: [60, 30]\n", "SOLVER.MILESTONES must be increasing epochs, got [60, 30] (cfg.yaml:2)"),
+        (
+            "SOLVER:\n  MILESTONES: [60, 30]\n",
+            "SOLVER.MILESTONES must be increasing epochs, from 1 on, got [60, 30] (cfg.yaml:2)",
+        ),
         ("INPUT:\n  MEAN: [0.5]\n", "INPUT.MEAN must be three numbers in [0, 1], got [0.5] (cfg.yaml:2)"),
         (
             "DROPIT:\n  STRATEGY: topk\n",

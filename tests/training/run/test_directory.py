@@ -1,34 +1,32 @@
-import multiprocessing
-import os
-import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from dropit.training.errors import SetupError
 from dropit.training.run.directory import RunDirectory
+from tests import processes
 
+HOLDS = """
+import sys, time
+from pathlib import Path
+from dropit.training.run.directory import RunDirectory
 
-def hold(path, ready, leave):
-    """In another process: hold the directory until told to leave."""
-    held = RunDirectory.take_up(path)
-    ready.set()
-    leave.wait()
-    del held
+held = RunDirectory.take_up(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
 def other_process(tmp_path):
     """A process that holds version_0."""
     (tmp_path / "version_0").mkdir()
-    context = multiprocessing.get_context("spawn")
-    ready, leave = context.Event(), context.Event()
-    process = context.Process(target=hold, args=(tmp_path / "version_0", ready, leave), daemon=True)
-    process.start()
-    assert ready.wait(60)
-    yield process
-    leave.set()
-    process.join()
+    command = [sys.executable, "-c", HOLDS, str(tmp_path / "version_0")]
+    with processes.started(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
 
 
 def test_each_run_gets_the_next_number(tmp_path):
@@ -49,8 +47,8 @@ def test_a_run_that_still_runs_is_not_resumed(tmp_path, other_process):
 
 
 def test_one_that_was_killed_is(tmp_path, other_process):
-    os.kill(other_process.pid, signal.SIGKILL)
-    other_process.join()
+    other_process.kill()
+    other_process.wait()
     assert RunDirectory.take_up(tmp_path / "version_0").path == tmp_path / "version_0"
 
 
