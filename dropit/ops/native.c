@@ -45,7 +45,7 @@ static void share(work_on *work, const void *job, int64_t n, int64_t part, int t
     struct shared shared = {work, job, n, part, 0};
     if (start_threads && threads > 1 && n > part)
         start_threads(work_on_parts, &shared, (unsigned)threads, 0);
-    else
+    else if (n > 0)
         work(job, 0, n);
 }
 

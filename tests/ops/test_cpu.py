@@ -339,6 +339,14 @@ def test_long_tensors_by_threads(compiled, dtype, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_element_at_all(compiled, dtype):
+    flat, layout = flatten(torch.empty(0, 3, dtype=dtype))
+    packed = cpu.pack_largest(flat, 256, 26, 0, layout._replace(per_block=26))
+    assert cpu.unpack(packed).shape == (0, 3)
+    assert native.place(flat, torch.empty(0, dtype=torch.uint8), 0).numel() == 0
+
+
 @pytest.mark.parametrize(("dtype", "integers"), [(torch.float32, torch.int32), (torch.bfloat16, torch.int16)], ids=str)
 def test_magnitudes_next_to_each_other(compiled, dtype, integers):
     """The lowest and the highest bit patterns there are, NaN among them, as often equal as not."""

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import train
-from tests.training.outcome import assert_same_run, newest_version
+from tests import processes
+from tests.training.outcome import assert_same_run, checkpoint, newest_version
 
+ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["train", "torch", "pytorch_lightning"])
@@ -134,3 +137,32 @@ def test_a_run_that_is_killed_loses_no_more_than_the_steps_since_it_saved(config
         resume(config, output, *arguments)
         assert_same_run("whole", output)
         assert not list(newest_version(output).rglob("*.part"))
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_each_of_two_processes_goes_on_with_its_own_random_numbers(config, parallel):
+    """By train.py as it is started from a shell, stopped in mid-epoch and before an evaluation."""
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, *COMMON, "SOLVER.BATCH_SIZE", "4"]
+    command += ["NUM_GPUS", "2", "ACCELERATOR", "cpu", "PARALLEL", parallel]
+    command += ["MODEL.DROPOUT", "0.2", "DROPIT.STRATEGY", "random", "SOLVER.MAX_EPOCHS", "3"]
+    processes.run([*command, "OUTPUT_DIR", "whole"], check=True)
+    stopped = [*command, "OUTPUT_DIR", "stopped"]
+    steps = 0
+    for _ in range(2):
+        with processes.started([*stopped, *["--resume"] * bool(steps)], stderr=subprocess.PIPE, text=True) as process:
+            while process.poll() is None and len(list(Path("stopped").rglob("events*"))) == bool(steps):
+                time.sleep(0.01)
+            time.sleep(0.05)
+            process.terminate()
+            said = process.communicate()[1]
+        assert process.returncode == 128 + signal.SIGTERM, said
+        assert said.count("\n") == 1, said
+        steps = checkpoint("stopped")["global_step"]
+    assert 0 < steps < 30
+    processes.run([*stopped, "--resume"], check=True)
+    assert_same_run("whole", "stopped")
+    alone = processes.run(
+        [*command, "OUTPUT_DIR", "stopped", "--resume", "NUM_GPUS", "1", "SOLVER.MAX_EPOCHS", "4"], check=True
+    )
+    assert "the checkpoint is of 2 processes, this run of 1" in alone.stderr
