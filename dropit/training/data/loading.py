@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import shutil
 import signal
@@ -58,6 +59,8 @@ def lost_worker(error: BaseException) -> SetupError | None:
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
         return None
     if "timed out" in text:
+        for process in multiprocessing.active_children():  # which this one would wait for at its end
+            process.kill()
         return SetupError(
             f"a loader process has not sent a batch within DATALOADER.TIMEOUT: it waits for a file, or for shared "
             f"memory, of which {_free_shared_memory()} free; fewer DATALOADER.NUM_WORKERS (0 for none) need less of it"
