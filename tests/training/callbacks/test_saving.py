@@ -75,7 +75,15 @@ def test_an_error_loses_no_step(config, monkeypatch, where, number):
     assert_same_run("outputs", "other")
 
 
-def test_a_checkpoint_is_written_every_so_many_steps(config, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["CHECKPOINT.EVERY_N_STEPS", "3"], [3, 6, 8]),
+        (["CHECKPOINT.EVERY_MINUTES", "1e-9"], [1, 2, 3, 4, 5, 6, 7, 8]),
+        (["CHECKPOINT.EVERY_MINUTES", "60"], [8]),
+    ],
+)
+def test_a_checkpoint_is_written_every_so_many_steps_or_minutes(config, monkeypatch, given, expected):
     steps = []
     real = CheckpointWriter.save_checkpoint
     monkeypatch.setattr(
@@ -86,9 +94,9 @@ def test_a_checkpoint_is_written_every_so_many_steps(config, monkeypatch):
             real(self, content, path),
         ),
     )
-    arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "5", "SOLVER.MAX_EPOCHS", "1", "CHECKPOINT.EVERY_N_STEPS", "3"]
-    assert train.main(arguments) == 0
-    assert [step for step, name in steps if name == "last.ckpt"] == [3, 6, 8]
+    arguments = ["--cfg", config, "SOLVER.BATCH_SIZE", "5", "SOLVER.MAX_EPOCHS", "1"]
+    assert train.main([*arguments, *given]) == 0
+    assert [step for step, name in steps if name == "last.ckpt"] == expected
 
 
 def test_usr1_has_a_checkpoint_written_and_the_run_goes_on(config, monkeypatch):
