@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import math
 import re
 import shutil
 import signal
-from collections.abc import Iterator
-from typing import cast
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
@@ -22,20 +25,29 @@ from dropit.training.errors import ConfigError, SetupError, UserError
 class Loader(DataLoader[Loaded | UserError]):
     """A DataLoader that can resume in mid-epoch, and raises a worker's error as it is, without the worker's traceback.
 
-    Workers start with the first batch, as Lightning asks for an iterator before it tells the epoch.
+    Workers start with the first batch, as Lightning asks for an iterator before it tells the epoch. Those that send
+    none for ``patience`` seconds are killed: PyTorch's own timeout does not see one that stops while it sends a batch.
     """
 
     sampler: SharedBatches
+    patience: float = 0  # seconds that a batch of the workers is waited for; 0 for ever
 
     def __iter__(self) -> Iterator[Loaded]:  # type: ignore[override]
-        try:
-            for batch in super().__iter__():
+        batches = super().__iter__()
+        with _Watch(getattr(batches, "_workers", ()), self.patience) as watch:
+            while True:
+                try:
+                    with watch.waiting():
+                        batch = next(batches)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:
+                    known = _not_answering() if watch.has_killed else lost_worker(error)
+                    raise known or error from error
                 if isinstance(batch, UserError):
                     raise batch
                 self.sampler.taken += 1
                 yield batch
-        except RuntimeError as error:
-            raise lost_worker(error) or error from error
 
     def state_dict(self) -> dict[str, int]:
         """Return the position in the epoch, which Lightning keeps in checkpoints."""
@@ -53,18 +65,54 @@ class Loader(DataLoader[Loaded | UserError]):
         self.sampler.start = self.sampler.taken = state["taken"]
 
 
+class _Watch:
+    """Kills the workers where ``waiting`` takes longer than ``patience`` seconds, if that is not 0."""
+
+    def __init__(self, workers: Sequence[Any], patience: float) -> None:
+        self._workers, self._patience = workers, patience
+        self._deadline = math.inf
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="loader watch", daemon=True)
+        self.has_killed = False
+
+    def __enter__(self) -> _Watch:
+        if self._workers and self._patience:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for a batch inside."""
+        self._deadline = monotonic() + self._patience
+        try:
+            yield
+        finally:
+            self._deadline = math.inf
+
+    def _look(self) -> None:
+        while not self._ended.wait(self._patience / 4):
+            if monotonic() > self._deadline:
+                self.has_killed = True
+                for worker in self._workers:
+                    worker.kill()
+                return
+
+
+def _not_answering() -> SetupError:
+    return SetupError(
+        f"no loader process has sent a batch within DATALOADER.TIMEOUT: they wait for a file, or for shared memory, of "
+        f"which {_free_shared_memory()} are free; fewer DATALOADER.NUM_WORKERS (0 for none) need less of it"
+    )
+
+
 def lost_worker(error: BaseException) -> SetupError | None:
-    """Return what to say where a RuntimeError of PyTorch's is of a loader process that ended or does not answer."""
+    """Return what to say where an error of PyTorch's is of a loader process that has ended."""
     text = str(error)
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
         return None
-    if "timed out" in text:
-        for process in multiprocessing.active_children():  # which this one would wait for at its end
-            process.kill()
-        return SetupError(
-            f"a loader process has not sent a batch within DATALOADER.TIMEOUT: it waits for a file, or for shared "
-            f"memory, of which {_free_shared_memory()} free; fewer DATALOADER.NUM_WORKERS (0 for none) need less of it"
-        )
     killed = re.search(r"killed by signal: ([\w ]+)", text)
     return SetupError(
         f"a loader process was ended{f' ({killed[1].strip()})' if killed else ''}: for want of memory, most likely; "
@@ -141,14 +189,15 @@ class ImageData(LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device.type
         repeats = self.repeats if train else 1
-        return Loader(
+        loader = Loader(
             samples,
             batch_size=None,  # the keys are those of a batch
             sampler=SharedBatches(samples, self.batch_size, train=train, rank=rank, world=world, repeats=repeats),
             num_workers=self.num_workers,
-            timeout=self.timeout if self.num_workers else 0,
             worker_init_fn=_leave_interrupts_to_parent,
             pin_memory=device == "cuda",
             generator=torch.Generator(),  # else it draws seeds that nothing uses from torch's
             persistent_workers=self.num_workers > 0,
         )
+        loader.patience = self.timeout
+        return loader

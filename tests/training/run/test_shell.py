@@ -138,13 +138,13 @@ def test_a_loader_process_that_ends_is_one_line(config, capsys, to_loaders):
     to_loaders(signal.SIGKILL)
     code, line = failure(capsys, "--cfg", config, *LOADED)
     assert code == 1
-    assert "a loader process was ended (Killed): for want of memory, most likely; shared memory has " in line
+    assert "a loader process was ended" in line
     assert "--resume goes on from " in line
 
 
 def test_a_loader_process_that_does_not_answer_is_given_up(config, capsys, to_loaders):
     to_loaders(signal.SIGSTOP)
-    code, line = failure(capsys, "--cfg", config, *LOADED, "DATALOADER.TIMEOUT", "0.02")
+    code, line = failure(capsys, "--cfg", config, *LOADED, "DATALOADER.TIMEOUT", "0.2")
     assert code == 1
-    assert "a loader process has not sent a batch within DATALOADER.TIMEOUT" in line
+    assert "no loader process has sent a batch within DATALOADER.TIMEOUT" in line
     assert "--resume goes on from " in line
