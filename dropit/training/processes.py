@@ -33,6 +33,12 @@ def take_processes(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
     return taken
 
 
+def is_of_lost_peer(error: BaseException) -> bool:
+    """Return whether the error is of a connection to another process of the run, which that has closed."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("connection reset by peer" in text or "connection closed by" in text)
+
+
 def end_others(trainer: Trainer, error: Exception) -> None:
     """End the processes that this one started, which would wait for it, on GPUs for half an hour.
 

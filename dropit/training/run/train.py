@@ -24,7 +24,7 @@ from dropit.training.config.check import check_same, differing
 from dropit.training.data.loading import ImageData, lost_worker
 from dropit.training.errors import ConfigError, SetupError, UserError, describe
 from dropit.training.model.classifier import Classifier
-from dropit.training.processes import end_others
+from dropit.training.processes import end_others, is_of_lost_peer
 from dropit.training.run.directory import RunDirectory
 from dropit.training.run.memory import is_of_memory, out_of_memory
 from dropit.training.run.start import run_dir, say, start
@@ -170,7 +170,9 @@ def _fit(
         known = error if isinstance(error, UserError) else lost_worker(error)
         if is_of_memory(error) and trainer.is_global_zero:
             known = out_of_memory(cfg, error)
-        if known is None and checkpoint is not None and callbacks.saving.steps is None:
+        if known is None and not trainer.is_global_zero and is_of_lost_peer(error):
+            known = SetupError(f"another process of this run is lost, which process {trainer.global_rank} waited for")
+        if known is None and checkpoint is not None and callbacks.saving.steps is None and trainer.is_global_zero:
             known = SetupError(f"CKPT {checkpoint}: does not fit this run ({describe(error)})")
         if known is None:
             raise

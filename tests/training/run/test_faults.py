@@ -140,29 +140,33 @@ def test_a_run_that_is_killed_loses_no_more_than_the_steps_since_it_saved(config
 
 
 @pytest.mark.ddp
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_each_of_two_processes_goes_on_with_its_own_random_numbers(config, parallel):
+@pytest.mark.parametrize(("parallel", "strategy"), [("ddp", "random"), ("fsdp", "fastmink")])
+def test_each_of_two_processes_goes_on_with_its_own_random_numbers(config, parallel, strategy):
     """By train.py as it is started from a shell, stopped in mid-epoch and before an evaluation."""
     command = [sys.executable, str(ROOT / "train.py"), "--cfg", config, *COMMON, "SOLVER.BATCH_SIZE", "4"]
     command += ["NUM_GPUS", "2", "ACCELERATOR", "cpu", "PARALLEL", parallel]
-    command += ["MODEL.DROPOUT", "0.2", "DROPIT.STRATEGY", "random", "SOLVER.MAX_EPOCHS", "3"]
+    command += ["MODEL.DROPOUT", "0.2", "DROPIT.STRATEGY", strategy, "SOLVER.MAX_EPOCHS", "8"]
     processes.run([*command, "OUTPUT_DIR", "whole"], check=True)
     stopped = [*command, "OUTPUT_DIR", "stopped"]
-    steps = 0
-    for _ in range(2):
-        with processes.started([*stopped, *["--resume"] * bool(steps)], stderr=subprocess.PIPE, text=True) as process:
-            while process.poll() is None and len(list(Path("stopped").rglob("events*"))) == bool(steps):
+    steps = [0]
+    for seconds in (0.5, 1.5, 2.5):
+        events = len(list(Path("stopped").rglob("events*")))
+        with processes.started(
+            [*stopped, *["--resume"] * bool(steps[-1])], stderr=subprocess.PIPE, text=True
+        ) as process:
+            while process.poll() is None and len(list(Path("stopped").rglob("events*"))) == events:
                 time.sleep(0.01)
-            time.sleep(0.05)
+            time.sleep(seconds)
             process.terminate()
             said = process.communicate()[1]
-        assert process.returncode == 128 + signal.SIGTERM, said
-        assert said.count("\n") == 1, said
-        steps = checkpoint("stopped")["global_step"]
-    assert 0 < steps < 30
+        assert process.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), said
+        assert said.count("\n") <= 1, said
+        if list(Path("stopped").rglob("last.ckpt")):
+            steps.append(checkpoint("stopped")["global_step"])
+    assert 0 < steps[1] < checkpoint("whole")["global_step"]
     processes.run([*stopped, "--resume"], check=True)
     assert_same_run("whole", "stopped")
     alone = processes.run(
-        [*command, "OUTPUT_DIR", "stopped", "--resume", "NUM_GPUS", "1", "SOLVER.MAX_EPOCHS", "4"], check=True
+        [*command, "OUTPUT_DIR", "stopped", "--resume", "NUM_GPUS", "1", "SOLVER.MAX_EPOCHS", "9"], check=True
     )
     assert "the checkpoint is of 2 processes, this run of 1" in alone.stderr
