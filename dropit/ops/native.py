@@ -1,8 +1,8 @@
 """The operations on a CPU by C, where there is a compiler: the same results as ``reference``, bit for bit, in one pass.
 
-``native.c`` is compiled for this processor when a tensor is first worth it, in a second, and kept in the user's cache
-directory (``XDG_CACHE_HOME``, ``~/.cache``). Where that fails, or with ``DROPIT_NATIVE=0`` in the environment,
-PyTorch's own operations do the same, and take two to three times as long.
+``native.c`` is compiled for this processor when a tensor is first worth it, in a few seconds, and kept in the user's
+cache directory (``XDG_CACHE_HOME``, ``~/.cache``). Where that fails, or with ``DROPIT_NATIVE=0`` in the environment,
+NumPy's and PyTorch's own operations do the same, and take two to four times as long.
 """
 
 from __future__ import annotations
