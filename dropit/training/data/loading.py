@@ -42,8 +42,11 @@ class Loader(DataLoader[Loaded | UserError]):
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError) as error:
-                    known = _not_answering() if watch.has_killed else lost_worker(error)
-                    raise known or error from error
+                    if watch.has_killed:
+                        raise _not_answering() from error
+                    # Of one that ended while it handed a batch over PyTorch says no more than that.
+                    is_of_connection = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+                    raise (_ended("") if is_of_connection else lost_worker(error)) or error from error
                 if isinstance(batch, UserError):
                     raise batch
                 self.sampler.taken += 1
@@ -114,9 +117,13 @@ def lost_worker(error: BaseException) -> SetupError | None:
     if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
         return None
     killed = re.search(r"killed by signal: ([\w ]+)", text)
+    return _ended(f" ({killed[1].strip()})" if killed else "")
+
+
+def _ended(how: str) -> SetupError:
     return SetupError(
-        f"a loader process was ended{f' ({killed[1].strip()})' if killed else ''}: for want of memory, most likely; "
-        f"shared memory has {_free_shared_memory()} free; fewer DATALOADER.NUM_WORKERS (0 for none) need less"
+        f"a loader process was ended{how}: for want of memory, most likely; shared memory has {_free_shared_memory()} "
+        f"free; fewer DATALOADER.NUM_WORKERS (0 for none) need less"
     )
 
 
