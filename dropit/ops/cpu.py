@@ -31,7 +31,7 @@ _PIECE = 2**18  # elements that are worked on at a time: in shorter pieces threa
 _MANY = 2**23
 # The longest block that ``partition`` is used for. Beyond, equal elements, as ReLU's zeros, slow it down a hundredfold.
 _PARTITION = 512
-_LOOKED_AT = 2**14  # the longest that is selected from by C, which looks at all of it 14 to 31 times
+_LOOKED_AT = 2**14  # the longest that is selected from by C, which looks at all of it several times
 _ONES = np.array([number.bit_count() for number in range(256)], dtype=np.uint8)  # of each byte
 _pool: ThreadPoolExecutor | None = None
 

@@ -409,6 +409,14 @@ INLINE void dequantize_groups(const void *codes, const uint16_t *scales, int bit
     }
 }
 
+/* Eight bytes of 0 or 1 as the bits of one. */
+INLINE uint64_t gathered(const uint8_t *bytes)
+{
+    uint64_t eight;
+    memcpy(&eight, bytes, sizeof eight);
+    return (eight * 0x0102040810204080u) >> 56; /* this product's highest byte has the lowest bit of each */
+}
+
 struct marking {
     const void *x;
     int kind;
@@ -430,11 +438,8 @@ INLINE void mark(const struct marking *job, int kind, int64_t start, int64_t end
             load(group, job->x, start, count, kind, &none);
         for (int i = 0; i < GROUP; i++)
             inside[i] = !(group[i] <= job->lower) & !(group[i] >= job->upper) & (i < count);
-        for (int i = 0; i < GROUP / 8; i++) {
-            uint64_t eight; /* this product's highest byte has the lowest bit of each */
-            memcpy(&eight, inside + 8 * i, sizeof eight);
-            bytes[i] = (uint8_t)((eight * 0x0102040810204080u) >> 56);
-        }
+        for (int i = 0; i < GROUP / 8; i++)
+            bytes[i] = (uint8_t)gathered(inside + 8 * i);
         memcpy(job->bits + start / 8, bytes, (size_t)(count + 7) / 8);
     }
 }
@@ -542,17 +547,15 @@ INLINE int64_t count_from(const void *x, int size, int64_t start, int64_t end, i
 INLINE uint64_t word_from(const void *x, int size, int64_t start, int count, int32_t least)
 {
     uint8_t found[WORD];
-    uint64_t word = 0, eight;
+    uint64_t word = 0;
     if (count == WORD)
         for (int i = 0; i < WORD; i++)
             found[i] = magnitude_at(x, size, start + i) >= least;
     else
         for (int i = 0; i < WORD; i++)
             found[i] = i < count && magnitude_at(x, size, start + i) >= least;
-    for (int i = 0; i < WORD / 8; i++) {
-        memcpy(&eight, found + 8 * i, sizeof eight);
-        word |= ((eight * 0x0102040810204080u) >> 56) << (8 * i);
-    }
+    for (int i = 0; i < WORD / 8; i++)
+        word |= gathered(found + 8 * i) << (8 * i);
     return word;
 }
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 class UserError(Exception):
@@ -20,6 +23,12 @@ class ConfigError(UserError):
 
 class SetupError(UserError):
     """The machine lacks something that the run needs: data, weights, devices, a place to write."""
+
+
+@rank_zero_only
+def warn(line: str) -> None:
+    """Print a warning to the user, in the first of several processes."""
+    print(f"train.py: warning: {line}", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
-from lightning_utilities.core.rank_zero import rank_zero_only
 from yacs.config import CfgNode
 
 from dropit.training.builders.machine import batch_size
@@ -13,6 +10,7 @@ from dropit.training.data.datasets import Source, check_classes, open_dataset
 from dropit.training.data.loading import ImageData
 from dropit.training.data.samples import Samples
 from dropit.training.data.transforms import ImageTransform, eval_transform, train_transform
+from dropit.training.errors import warn
 
 
 def build_data(cfg: CfgNode) -> ImageData:
@@ -20,7 +18,7 @@ def build_data(cfg: CfgNode) -> ImageData:
     train, val = _open(cfg, cfg.TRAIN.PATH, train=True), _open(cfg, cfg.VAL.PATH, train=False)
     check_classes(train, val, cfg.MODEL.NUM_CLASSES)
     for line in _doubtful(cfg, train):
-        rank_zero_only(print)(f"train.py: warning: {line}", file=sys.stderr)
+        warn(line)
     evaluate = eval_transform(cfg.INPUT.SIZE, cfg.INPUT.MEAN, cfg.INPUT.STD, resize=cfg.VAL.RESIZE)
     options = {"seed": cfg.SEED, "cache": cfg.DATALOADER.CACHE, "on_device": cfg.DATALOADER.ON_DEVICE}
     return ImageData(

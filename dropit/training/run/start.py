@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from yacs.config import CfgNode
 from dropit.training.builders.machine import check_machine
 from dropit.training.config.check import doubtful, ineffective
 from dropit.training.config.load import load
+from dropit.training.errors import warn
 
 _KNOWN_WARNINGS = (
     ".*LeafSpec.*",  # Lightning 2.6 on torch >= 2.11
@@ -40,7 +40,7 @@ def read_config(cfg_path: str, overrides: Sequence[str]) -> CfgNode:
     _quiet()
     cfg = load(cfg_path, overrides)
     for line in (*ineffective(cfg), *doubtful(cfg)):
-        say(f"train.py: warning: {line}", file=sys.stderr)
+        warn(line)
     return cfg
 
 
